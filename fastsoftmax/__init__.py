@@ -1,0 +1,33 @@
+"""Fast and accurate softmax, log_softmax and logsumexp for NumPy arrays.
+
+The functions are drop-ins for those of `scipy.special`, computed by single-pass online kernels in Cython or Numba.
+"""
+
+from typing import Any
+
+from fastsoftmax._api import log_softmax, logsumexp, softmax
+from fastsoftmax._dispatch import BackendUnavailableError, Plan, available_backends, record_plans, use_backend
+from fastsoftmax._schedule import Schedule
+
+__all__ = [
+    "BackendUnavailableError",
+    "Plan",
+    "Schedule",
+    "available_backends",
+    "log_softmax",
+    "logsumexp",
+    "record_plans",
+    "softmax",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looked up when asked for: importlib.metadata would double the import time
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fastsoftmax")
+        except PackageNotFoundError:
+            return "0+source"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

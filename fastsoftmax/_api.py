@@ -1,0 +1,326 @@
+"""The public functions: check the arguments, lay the data out as rows, select a backend, run it.
+
+No function here loops over data. What each returns for every kind of input is stated in docs/semantics.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastsoftmax._dispatch import Function, execute, select
+from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
+
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+
+
+def softmax(
+    x: ArrayLike, axis: int | tuple[int, ...] | None = None, *, out: Array | None = None, backend: str | None = None
+) -> Any:
+    """Compute the softmax: ``exp(x) / sum(exp(x), axis)``.
+
+    A drop-in for `scipy.special.softmax`.
+
+    Parameters
+    ----------
+    x : array_like
+        Logits of any shape and any real or complex dtype.
+    axis : int, tuple of ints or None, optional
+        The axes over which the probabilities sum to 1. None, the default, means all of them, as in SciPy.
+    out : ndarray, optional
+        Where to write the result; it must have the shape of ``x`` and the dtype of the result. It may be ``x``.
+    backend : {"cython", "numba", "numpy"}, optional
+        Force a backend; by default the fastest that fits is chosen.
+
+    Returns
+    -------
+    ndarray or scalar
+        Probabilities, in the shape and memory order of ``x``. Floating dtypes are kept; integers of 8, 16 and more
+        bits give float16, float32 and float64, computed in float64.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` does not hold numbers, or is a masked array; if ``axis`` is not made of integers; if ``out`` is not an
+        array of the result's dtype.
+    ValueError
+        If ``out`` has the wrong shape or cannot be written; if an axis is repeated; if ``backend`` is unknown.
+    numpy.exceptions.AxisError
+        If an axis is out of range.
+    BackendUnavailableError
+        If ``backend`` cannot run here.
+
+    Notes
+    -----
+    The running maximum and sum are found in one pass (Milakov and Gimelshein, arXiv 1805.02867), with the maximum
+    carried as an exponent of two (Dukhan and Ablavatski, arXiv 2001.04438), which makes rescaling exact. A row with a
+    NaN or +inf, or of nothing but -inf, is NaN throughout.
+
+    Examples
+    --------
+    >>> from fastsoftmax import softmax
+    >>> softmax([[0.0, 0.0], [1000.0, 0.0]], axis=1)
+    array([[0.5, 0.5],
+           [1. , 0. ]])
+    """
+    return _map_rows("softmax", x, axis, out, backend)
+
+
+def log_softmax(
+    x: ArrayLike, axis: int | tuple[int, ...] | None = None, *, out: Array | None = None, backend: str | None = None
+) -> Any:
+    """Compute the logarithm of the softmax: ``x - logsumexp(x, axis)``.
+
+    A drop-in for `scipy.special.log_softmax`; finite where ``log(softmax(x))`` underflows to -inf.
+
+    Parameters
+    ----------
+    x : array_like
+        Logits of any shape and any real or complex dtype.
+    axis : int, tuple of ints or None, optional
+        The axes over which the probabilities sum to 1. None, the default, means all of them, as in SciPy.
+    out : ndarray, optional
+        Where to write the result; it must have the shape of ``x`` and the dtype of the result. It may be ``x``.
+    backend : {"cython", "numba", "numpy"}, optional
+        Force a backend; by default the fastest that fits is chosen.
+
+    Returns
+    -------
+    ndarray or scalar
+        Log-probabilities, in the shape and memory order of ``x``; dtypes as for `softmax`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError, BackendUnavailableError
+        As for `softmax`.
+
+    Notes
+    -----
+    Computed as ``(x - m) - log(d)`` with the row's maximum ``m`` and ``d = sum(exp(x - m))``: both terms are at most
+    zero, so nothing cancels. The maximum itself is kept out of the sum, so that ``log(d)`` is exact near ``d = 1``.
+
+    Examples
+    --------
+    >>> from fastsoftmax import log_softmax
+    >>> log_softmax([1000.0, 0.0])
+    array([    0., -1000.])
+    """
+    return _map_rows("log_softmax", x, axis, out, backend)
+
+
+@overload
+def logsumexp(
+    a: ArrayLike,
+    axis: int | tuple[int, ...] | None = ...,
+    b: ArrayLike | None = ...,
+    keepdims: bool = ...,
+    return_sign: Literal[False] = ...,
+    *,
+    out: Array | None = ...,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def logsumexp(
+    a: ArrayLike,
+    axis: int | tuple[int, ...] | None = ...,
+    b: ArrayLike | None = ...,
+    keepdims: bool = ...,
+    *,
+    return_sign: Literal[True],
+    out: Array | None = ...,
+    backend: str | None = ...,
+) -> tuple[Any, Any]: ...
+def logsumexp(
+    a: ArrayLike,
+    axis: int | tuple[int, ...] | None = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    *,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Compute the logarithm of the sum of exponentials: ``log(sum(b * exp(a), axis))``.
+
+    A drop-in for `scipy.special.logsumexp`.
+
+    Parameters
+    ----------
+    a : array_like
+        Exponents of any shape and any real or complex dtype.
+    axis : int, tuple of ints or None, optional
+        The axes to sum over. None, the default, means all of them.
+    b : array_like, optional
+        Factors that broadcast with ``a``; they may be negative. A zero drops its term, even where ``a`` is infinite
+        or NaN.
+    keepdims : bool, optional
+        Keep the summed axes with length 1.
+    return_sign : bool, optional
+        Also return the sign of the sum, so that a negative sum has a real logarithm.
+    out : ndarray, optional
+        Where to write the result; it must have the shape and the dtype of the result.
+    backend : {"cython", "numba", "numpy"}, optional
+        Force a backend; by default the fastest that fits is chosen. Sums with ``b`` are computed by ``numpy``.
+
+    Returns
+    -------
+    res : ndarray or scalar
+        The logarithm of the sum, or of its absolute value where ``return_sign`` is given; NaN where the sum is
+        negative and it is not. Integers give float64.
+    sgn : ndarray or scalar
+        Only with ``return_sign``: the sign of the sum, 0 for an empty or zero sum; for complex input its phase.
+
+    Raises
+    ------
+    TypeError
+        If ``a`` or ``b`` does not hold numbers, or is a masked array; if ``axis`` is not made of integers; if ``out``
+        is not an array of the result's dtype; if ``b`` is given and another backend than ``numpy`` is forced.
+    ValueError
+        If ``a`` and ``b`` do not broadcast; if ``out`` has the wrong shape or cannot be written; if an axis is
+        repeated; if ``backend`` is unknown.
+    numpy.exceptions.AxisError
+        If an axis is out of range.
+    BackendUnavailableError
+        If ``backend`` cannot run here.
+
+    Notes
+    -----
+    One pass; the maximum is kept out of the sum, so that the result is accurate near 0 as well.
+
+    Examples
+    --------
+    >>> from fastsoftmax import logsumexp
+    >>> float(logsumexp([0.0, -40.0]))
+    4.248354255291589e-18
+    >>> logsumexp([1.0, 1.0], b=[1.0, -2.0], return_sign=True)
+    (np.float64(1.0), np.float64(-1.0))
+    """
+    terms = _numbers(a, "a")
+    if b is not None:
+        return _logsumexp_weighted(terms, _numbers(b, "b"), axis, keepdims, return_sign, out, backend)
+    axes = normalize_axes(axis, terms.ndim)
+    working, result = _dtypes(terms.dtype, "logsumexp")
+    module = select(working, terms.size, backend)
+    kept_shape = tuple(1 if i in axes else size for i, size in enumerate(terms.shape))
+    shape = kept_shape if keepdims else tuple(size for i, size in enumerate(terms.shape) if i not in axes)
+    if out is not None:
+        _check_out(out, shape, result)
+    direct = out is not None and _is_writable_as(out, working) and not np.may_share_memory(out, terms)
+    target = out if out is not None and direct else np.empty(shape, working)
+    if terms.size == 0:
+        target.fill(-np.inf)
+    else:
+        data = readable(terms, working)
+        rows = target if keepdims else np.expand_dims(target, axes) if terms.ndim else target
+        execute(module, "logsumexp", make_layout(data, axes, rows), data, rows)
+    sign = _sign_of_positive_sum(target).astype(result, copy=False)[()] if return_sign else None
+    total = _deliver(target, out, result)
+    return (total, sign) if return_sign else total
+
+
+def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, backend: str | None) -> Any:
+    """Run a function whose output has the shape of its input."""
+    logits = _numbers(x, "x")
+    axes = normalize_axes(axis, logits.ndim)
+    working, result = _dtypes(logits.dtype, function)
+    module = select(working, logits.size, backend)
+    if out is not None:
+        _check_out(out, logits.shape, result)
+    data = readable(logits, working)
+    in_place = out is not None and _is_same_view(data, out)
+    if out is not None and _is_writable_as(out, working) and (in_place or not np.may_share_memory(data, out)):
+        target = out
+    else:
+        target, in_place = np.empty_like(logits, dtype=working), False
+    if target.size:
+        execute(module, function, make_layout(data, axes, target), data, target, in_place)
+    return _deliver(target, out, result)
+
+
+def _logsumexp_weighted(
+    a: Array, b: Array, axis: Any, keepdims: bool, return_sign: bool, out: Array | None, backend: str | None
+) -> Any:
+    from fastsoftmax.backends import numpy_generic
+
+    if backend not in (None, "numpy"):
+        select(_FLOAT64, 0, backend)
+        raise TypeError(f"backend {backend!r} does not compute logsumexp with b; this one does: 'numpy'")
+    try:
+        a, b = np.broadcast_arrays(a, b)
+    except ValueError:
+        raise ValueError(f"b of shape {b.shape} does not broadcast with a of shape {a.shape}") from None
+    axes = normalize_axes(axis, a.ndim)
+    working, result = _dtypes(np.result_type(_dtypes(a.dtype, "logsumexp")[1], b.dtype), "logsumexp")
+    total, sign = numpy_generic.logsumexp_weighted(a.astype(working), b.astype(working), axes, return_sign)
+    if not keepdims:
+        total, sign = np.squeeze(total, axes), np.squeeze(sign, axes)
+    if out is not None:
+        _check_out(out, total.shape, result)
+    total = _deliver(total, out, result)
+    return (total, sign.astype(result, copy=False)[()]) if return_sign else total
+
+
+def _sign_of_positive_sum(log_sum: Array) -> Array:
+    """Return the sign of a sum of exponentials from its logarithm: 0 for an empty one, else 1 (or its phase, or NaN)."""
+    if np.iscomplexobj(log_sum):
+        phase = np.exp(1j * log_sum.imag)
+    else:
+        phase = np.where(np.isnan(log_sum), log_sum, 1.0)
+    return np.where(log_sum.real == -np.inf, 0.0, phase)
+
+
+def _numbers(value: ArrayLike, name: str) -> Array:
+    """Return ``value`` as an array of numbers, or raise a TypeError that names the argument."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; fill what is masked first: {name}.filled(-inf) leaves it out")
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiubc" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must hold numbers, not {array.dtype}")
+    return array
+
+
+def _dtypes(dtype: np.dtype[Any], function: Function) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Return the dtype to compute in and the dtype of the result."""
+    if dtype.kind in "iub":
+        # SciPy's result, but computed in float64: in the integers' own arithmetic x - max(x) wraps around.
+        narrow = {1: np.dtype(np.float16), 2: _FLOAT32}
+        return _FLOAT64, _FLOAT64 if function == "logsumexp" else narrow.get(dtype.itemsize, _FLOAT64)
+    native = dtype.newbyteorder("=") if not dtype.isnative else dtype
+    return (_FLOAT32, native) if dtype.itemsize == 2 else (native, native)
+
+
+def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse an ``out`` that cannot take a result of ``shape`` and ``dtype``."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+    if isinstance(out, np.ma.MaskedArray):
+        raise TypeError("out must not be a masked array")
+    if out.dtype.newbyteorder("=") != dtype:
+        raise TypeError(f"out must have dtype {dtype}, not {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {shape}, not {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True)):
+        raise ValueError("out is a broadcast view: several of its elements share one place in memory")
+
+
+def _is_writable_as(out: Array, dtype: DTypeLike) -> bool:
+    """Whether kernels that compute in ``dtype`` can write to ``out`` directly."""
+    return out.dtype == dtype and out.flags.aligned
+
+
+def _is_same_view(x: Array, out: Array) -> bool:
+    return x.ctypes.data == out.ctypes.data and x.strides == out.strides and x.dtype == out.dtype
+
+
+def _deliver(target: Array, out: Array | None, dtype: np.dtype[Any]) -> Any:
+    """Return the result in ``out`` or in ``dtype``; a scalar for 0 dimensions."""
+    if out is None:
+        return target.astype(dtype, copy=False)[()]
+    if target is not out:
+        np.copyto(out, target, casting="unsafe")
+    return out

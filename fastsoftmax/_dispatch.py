@@ -1,0 +1,230 @@
+"""Which backend serves a call.
+
+A `Backend` record names a module with two functions, ``plan(function, layout, in_place)`` and
+``run(plan, layout, x, out)``, and says for which calls it is meant. `select` takes the first record that fits, unless
+the caller forces one: by the ``backend`` argument, by `use_backend`, or by the environment variable
+``FASTSOFTMAX_BACKEND``, in this order. A forced backend that cannot serve the call is an error, never a fallback.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+
+from fastsoftmax._layout import Array, Layout
+from fastsoftmax._schedule import Schedule
+
+Function = Literal["softmax", "log_softmax", "logsumexp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What serves a call: the function, the backend, its instruction-set tier (if it has tiers) and the schedule."""
+
+    function: Function
+    backend: str
+    isa: str | None
+    schedule: Schedule
+
+
+class BackendModule(Protocol):
+    """What a module in `fastsoftmax.backends` offers."""
+
+    def plan(self, function: Function, layout: Layout, in_place: bool) -> Plan: ...
+
+    def run(self, plan: Plan, layout: Layout, x: Array, out: Array) -> None: ...
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name that cannot run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to compute.
+
+    Parameters
+    ----------
+    name : str
+        The name users force it by.
+    module : str
+        The module that implements it, imported at first use.
+    dtypes : frozenset of str, or None
+        Names of the dtypes it computes in; None for every inexact dtype.
+    min_size : int
+        Elements from which the automatic choice considers it.
+    """
+
+    name: str
+    module: str
+    dtypes: frozenset[str] | None
+    min_size: int = 0
+
+    def computes(self, dtype: np.dtype[Any]) -> bool:
+        return self.dtypes is None or dtype.name in self.dtypes
+
+
+_KERNEL_DTYPES = frozenset({"float32", "float64"})
+
+# In order of preference. Numba is passed over for small arrays: loading it and its kernels costs about a second, which
+# only data that NumPy needs long for can repay.
+BACKENDS = (
+    Backend("cython", "fastsoftmax.backends.compiled", _KERNEL_DTYPES),
+    Backend("numba", "fastsoftmax.backends.numba_cpu", _KERNEL_DTYPES, min_size=65_536),
+    Backend("numpy", "fastsoftmax.backends.numpy_generic", None),
+)
+_by_name = {backend.name: backend for backend in BACKENDS}
+
+# Read once: looking it up at every call would cost a small call a tenth of its time.
+_environment_choice = os.environ.get("FASTSOFTMAX_BACKEND") or None
+_context_choice: ContextVar[str | None] = ContextVar("fastsoftmax_backend", default=None)
+_recorder: ContextVar[list[Plan] | None] = ContextVar("fastsoftmax_plans", default=None)
+
+
+@cache
+def load(backend: Backend) -> BackendModule | ImportError:
+    """Import the module of a backend, once; return the ImportError that says why where it cannot be."""
+    try:
+        return cast(BackendModule, import_module(backend.module))
+    except ImportError as error:
+        return error
+
+
+def unavailable_reason(backend: Backend) -> str | None:
+    """Say why a backend cannot run here; None if it can."""
+    loaded = load(backend)
+    return str(loaded) if isinstance(loaded, ImportError) else None
+
+
+def available_backends() -> tuple[str, ...]:
+    """Return the names of the backends that can run here, in order of preference.
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> "numpy" in fastsoftmax.available_backends()
+    True
+    """
+    return tuple(backend.name for backend in BACKENDS if unavailable_reason(backend) is None)
+
+
+def _named(name: object, source: str) -> Backend:
+    if not isinstance(name, str) or name not in _by_name:
+        names = ", ".join(map(repr, _by_name))
+        raise ValueError(f"{source} must be one of {names}, not {name!r}")
+    return _by_name[name]
+
+
+def _forced(argument: str | None) -> Backend | None:
+    if argument is not None:
+        return _named(argument, "backend")
+    if (choice := _context_choice.get()) is not None:
+        return _named(choice, "backend")
+    if _environment_choice is not None:
+        return _named(_environment_choice, "FASTSOFTMAX_BACKEND")
+    return None
+
+
+def select(dtype: np.dtype[Any], size: int, argument: str | None = None) -> BackendModule:
+    """Return the backend that computes ``size`` elements in ``dtype``.
+
+    Raises
+    ------
+    ValueError
+        If a backend is forced by a name that does not exist.
+    BackendUnavailableError
+        If the forced backend cannot run here.
+    TypeError
+        If the forced backend does not compute in ``dtype``.
+    """
+    forced = _forced(argument)
+    if forced is None:
+        for backend in BACKENDS:
+            if size >= backend.min_size and backend.computes(dtype):
+                loaded = load(backend)
+                if not isinstance(loaded, ImportError):
+                    return loaded
+        raise AssertionError("the numpy backend takes every call")
+    if not forced.computes(dtype):
+        names = ", ".join(repr(backend.name) for backend in BACKENDS if backend.computes(dtype))
+        raise TypeError(f"backend {forced.name!r} does not compute in {dtype.name}; these do: {names}")
+    loaded = load(forced)
+    if isinstance(loaded, ImportError):
+        names = ", ".join(map(repr, available_backends()))
+        raise BackendUnavailableError(f"backend {forced.name!r} is not available: {loaded}; available: {names}")
+    return loaded
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend for every call inside a ``with`` block, in this thread or task.
+
+    Parameters
+    ----------
+    name : {"cython", "numba", "numpy"}
+        The backend. The ``backend`` argument of a call goes before it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend.
+    BackendUnavailableError
+        If it cannot run here.
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> with fastsoftmax.use_backend("numpy"):
+    ...     fastsoftmax.softmax([1.0, 1.0])
+    array([0.5, 0.5])
+    """
+    backend = _named(name, "backend")
+    select(np.dtype(np.float64), 0, backend.name)
+    token = _context_choice.set(name)
+    try:
+        yield
+    finally:
+        _context_choice.reset(token)
+
+
+@contextmanager
+def record_plans() -> Iterator[list[Plan]]:
+    """Collect the `Plan` of every call inside a ``with`` block, in this thread or task.
+
+    Yields
+    ------
+    list of Plan
+        Grows by one plan a call: the very value the kernels were run with.
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> with fastsoftmax.record_plans() as plans:
+    ...     probabilities = fastsoftmax.softmax([1.0, 2.0], backend="numpy")
+    >>> plans[0].backend, plans[0].schedule.traversal
+    ('numpy', 'array')
+    """
+    plans: list[Plan] = []
+    token = _recorder.set(plans)
+    try:
+        yield plans
+    finally:
+        _recorder.reset(token)
+
+
+def execute(
+    module: BackendModule, function: Function, layout: Layout, x: Array, out: Array, in_place: bool = False
+) -> None:
+    """Plan one call, run it, and tell the recorder."""
+    plan = module.plan(function, layout, in_place)
+    module.run(plan, layout, x, out)
+    if (plans := _recorder.get()) is not None:
+        plans.append(plan)

@@ -1,0 +1,71 @@
+"""Run the blocks of one call on several threads.
+
+The kernels release the GIL and cut their work at fixed block boundaries, so a plain thread pool is enough, and which
+thread runs which block never changes a result. The pool starts at first use and is dropped in a forked child, whose
+copies of the worker threads do not exist; OpenMP and Numba's own threading layers hang or abort there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from threading import Lock
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_pool_lock = Lock()
+
+
+def run_blocks(run: Callable[[int], object], n_blocks: int, n_threads: int) -> None:
+    """Call ``run(block)`` for each block in ``range(n_blocks)``, on up to ``n_threads`` threads.
+
+    The calling thread works too. An exception in one block (a KeyboardInterrupt, say) stops the others at their next
+    block and is raised here once they have.
+    """
+    helpers_wanted = min(n_threads, n_blocks) - 1
+    if helpers_wanted < 1:
+        for block in range(n_blocks):
+            run(block)
+        return
+    ticket = count()
+    stopped = False
+
+    def work() -> None:
+        nonlocal stopped
+        try:
+            while not stopped and (block := next(ticket)) < n_blocks:  # next() is atomic: each block is taken once
+                run(block)
+        except BaseException:
+            stopped = True
+            raise
+
+    pool = _get_pool(helpers_wanted)
+    helpers = [pool.submit(work) for _ in range(helpers_wanted)]
+    try:
+        work()
+    finally:
+        # A helper that another caller's work kept from starting is no longer needed.
+        errors = [helper.exception() for helper in helpers if not helper.cancel()]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _get_pool(size: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    with _pool_lock:
+        if _pool is None or _pool_size < size:
+            # Callers that still hold the smaller pool finish on it; its threads end when it is collected.
+            _pool, _pool_size = ThreadPoolExecutor(size, thread_name_prefix="fastsoftmax"), size
+        return _pool
+
+
+def _forget_pool() -> None:
+    global _pool, _pool_size, _pool_lock
+    _pool, _pool_size, _pool_lock = None, 0, Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

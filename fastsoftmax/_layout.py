@@ -1,0 +1,136 @@
+"""From an array and an axis to rows: the view that every kernel works on.
+
+A softmax over any set of axes is the same softmax over many *rows*: the reduced axes together form one row, the kept
+axes enumerate the rows. A `Layout` states where the rows of the input and of the output lie, as sizes and byte
+strides, with neighbouring dimensions fused wherever memory allows it. Nothing here loops over data, and the only
+copies the package ever makes of an input are made here, for data that no kernel reads (see `readable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One dimension of a layout: its size and its byte strides in the input and in the output."""
+
+    size: int
+    x_stride: int
+    y_stride: int
+
+    def continues(self, inner: Dimension) -> bool:
+        """Whether this dimension steps exactly over ``inner``, so that the two are one."""
+        return self.x_stride == inner.size * inner.x_stride and self.y_stride == inner.size * inner.y_stride
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The rows of an input and of its output.
+
+    Parameters
+    ----------
+    kept : tuple of Dimension
+        The dimensions that enumerate the rows, outermost first.
+    reduced : tuple of Dimension
+        The dimensions that one row runs over, outermost first; never empty.
+    itemsize : int
+        Bytes of one element, the same in input and output.
+    """
+
+    kept: tuple[Dimension, ...]
+    reduced: tuple[Dimension, ...]
+    itemsize: int
+
+    @property
+    def n_rows(self) -> int:
+        return prod(dimension.size for dimension in self.kept)
+
+    @property
+    def n_cols(self) -> int:
+        return prod(dimension.size for dimension in self.reduced)
+
+    @property
+    def size(self) -> int:
+        return self.n_rows * self.n_cols
+
+    @property
+    def has_contiguous_rows(self) -> bool:
+        """Whether each row is one run of adjacent elements, in the input and in the output."""
+        return len(self.reduced) == 1 and self._is_adjacent(self.reduced[0])
+
+    @property
+    def has_adjacent_rows(self) -> bool:
+        """Whether neighbouring rows lie side by side, element by element: the reduced axis is not the last one."""
+        return len(self.reduced) == 1 and bool(self.kept) and self._is_adjacent(self.kept[-1])
+
+    def _is_adjacent(self, dimension: Dimension) -> bool:
+        return dimension.x_stride == self.itemsize and dimension.y_stride in (self.itemsize, 0)
+
+
+def normalize_axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """Return ``axis`` as a sorted tuple of axes, each in ``range(ndim)``.
+
+    A scalar (``ndim == 0``) is taken as an array of one element: axis 0 and -1 are accepted for it.
+
+    Raises
+    ------
+    TypeError
+        If ``axis`` is neither an integer, a sequence of integers, nor None.
+    numpy.exceptions.AxisError
+        If an axis is out of range.
+    ValueError
+        If an axis is repeated.
+    """
+    if axis is None:
+        return tuple(range(ndim))
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    normalized = []
+    for one in axes:
+        if isinstance(one, (bool, np.bool_)) or not hasattr(one, "__index__"):
+            raise TypeError(f"axis must be an integer, a tuple of integers or None, not {one!r}")
+        index, bound = int(one.__index__()), max(ndim, 1)
+        if not -bound <= index < bound:
+            raise np.exceptions.AxisError(index, ndim, "axis")
+        normalized.append(index % bound)
+    if len(set(normalized)) != len(normalized):
+        raise ValueError(f"axis has a repeated entry: {axis!r}")
+    return tuple(sorted(normalized)) if ndim else ()
+
+
+def readable(x: Array, dtype: np.dtype[Any]) -> Array:
+    """Return ``x`` as aligned, native-endian elements of ``dtype``: ``x`` itself wherever it already is that."""
+    return x if x.dtype == dtype and x.flags.aligned else x.astype(dtype, order="K")
+
+
+def make_layout(x: Array, axes: Sequence[int], out: Array) -> Layout:
+    """Lay out ``x`` and ``out`` as rows along ``axes``.
+
+    ``out`` has the shape of ``x``, or that shape with every reduced axis of length 1.
+    """
+    kept, reduced = [], []
+    for axis, (size, x_stride, y_stride) in enumerate(zip(x.shape, x.strides, out.strides, strict=True)):
+        if axis not in axes:
+            kept.append(Dimension(size, x_stride, y_stride))
+        else:
+            reduced.append(Dimension(size, x_stride, y_stride if out.shape[axis] == size else 0))
+    return Layout(_fuse(kept), _fuse(reduced) or (Dimension(1, x.itemsize, x.itemsize),), x.itemsize)
+
+
+def _fuse(dimensions: list[Dimension]) -> tuple[Dimension, ...]:
+    """Order dimensions by falling stride and merge the neighbours that memory lets be one."""
+    fused: list[Dimension] = []
+    for inner in sorted((d for d in dimensions if d.size != 1), key=lambda d: -abs(d.x_stride)):
+        if fused and fused[-1].continues(inner):
+            outer = fused.pop()
+            inner = Dimension(outer.size * inner.size, inner.x_stride, inner.y_stride)
+        fused.append(inner)
+    return tuple(fused)

@@ -1,0 +1,95 @@
+"""Which traversal serves a call: a plain value, chosen from sizes alone before any kernel runs.
+
+Two questions decide the memory traffic of a softmax (see docs/method.md): in which order are the rows visited, and
+where do the exponentials live between the pass that sums them and the pass that scales them. A `Schedule` is the answer
+to both; the kernels obey it and never choose for themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from fastsoftmax._layout import Layout
+
+Traversal = Literal["rows", "strips", "gather", "array"]
+Exponentials = Literal["output", "scratch", "recompute", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How one call visits its data.
+
+    Parameters
+    ----------
+    traversal : {"rows", "strips", "gather", "array"}
+        ``rows``: one contiguous row after the other. ``strips``: bands of adjacent rows, for a reduced axis that is
+        not the last. ``gather``: rows of any other stride, collected a chunk at a time. ``array``: the whole array at
+        once, in NumPy expressions.
+    exponentials : {"output", "scratch", "recompute", "none"}
+        Where exp(x) waits for the sum: in the output itself, in a cache-sized scratch, nowhere (the second pass
+        computes it again), or it is never needed.
+    streaming : bool
+        Whether the output is written past the caches (non-temporal stores).
+    n_threads : int
+        How many threads share the work; results do not depend on it.
+    n_blocks : int
+        Into how many blocks the rows are cut; a thread takes one block at a time.
+    """
+
+    traversal: Traversal
+    exponentials: Exponentials
+    streaming: bool = False
+    n_threads: int = 1
+    n_blocks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """Sizes in bytes of one core's private cache and of the last cache level."""
+
+    private: int
+    last_level: int
+
+
+@cache
+def cache_sizes() -> Caches:
+    """Read the cache sizes from the system; 512 KiB and 8 MiB, a small laptop's, where it does not tell."""
+    sizes = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if (index / "type").read_text().strip() != "Instruction":
+                text = (index / "size").read_text().strip()
+                sizes[int((index / "level").read_text())] = int(text.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    private = sizes.get(2, 512 * 1024)
+    return Caches(private, max(sizes.get(max(sizes, default=0), 0), 8 * 1024 * 1024, private))
+
+
+def max_threads() -> int:
+    """Return ``FASTSOFTMAX_NUM_THREADS`` if it is set, else the number of cores this process may use.
+
+    Raises
+    ------
+    ValueError
+        If the variable is set to anything but a positive integer.
+    """
+    text = os.environ.get("FASTSOFTMAX_NUM_THREADS")
+    if text is None or text == "":
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"FASTSOFTMAX_NUM_THREADS must be a positive integer, not {text!r}")
+    return int(text)
+
+
+# Below this many elements one thread serves a call: handing a block to a pool thread costs 20-50 us, in which one
+# core finishes about 200,000 float32 elements.
+MIN_ELEMENTS_PER_THREAD = 131_072
+
+# Blocks per thread: enough for two threads to end together on a busy machine, few enough that the hand-over is noise.
+BLOCKS_PER_THREAD = 4

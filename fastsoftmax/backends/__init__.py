@@ -1,0 +1,1 @@
+"""The ways to compute, one module each; `fastsoftmax._dispatch` chooses among them."""

@@ -1,0 +1,142 @@
+"""The generic backend: NumPy expressions over whole arrays, for every inexact dtype.
+
+It is the reference of the package and computes what no kernel does (long double, complex, weighted sums). It makes
+temporaries of the size of its input.
+
+Rounding ``x - m`` is what costs the usual NumPy expression 65 ULP in float32 and 512 in float64. Here float32 is
+computed in float64, and wider types keep the rounding error ``r`` of the subtraction: exp(x - m) = exp(s) * (1 + r).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from fastsoftmax._dispatch import Function, Plan
+from fastsoftmax._layout import Array, Layout
+from fastsoftmax._schedule import Schedule
+
+_SCHEDULE = Schedule("array", "none")
+
+
+def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
+    return Plan(function, "numpy", None, _SCHEDULE)
+
+
+def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
+    kept = tuple(dimension.size for dimension in layout.kept)
+    dimensions = layout.kept + layout.reduced
+    source = as_strided(x, [d.size for d in dimensions], [d.x_stride for d in dimensions], writeable=False)
+    rows = np.ascontiguousarray(source.reshape(*kept, -1), np.float64 if x.dtype == np.float32 else None)
+    with np.errstate(all="ignore"):
+        if plan.function == "logsumexp":
+            out_dimensions = layout.kept
+            result = logsumexp_rows(rows)
+        else:
+            out_dimensions = dimensions
+            result = softmax_rows(rows) if plan.function == "softmax" else log_softmax_rows(rows)
+        shape, strides = [d.size for d in out_dimensions], [d.y_stride for d in out_dimensions]
+        as_strided(out, shape, strides)[...] = result.reshape(shape)
+
+
+def softmax_rows(rows: Array) -> Array:
+    """Softmax over the last axis."""
+    terms = _exp_difference(rows, _maximum(rows))
+    terms /= terms.sum(axis=-1, keepdims=True)
+    return terms
+
+
+def log_softmax_rows(rows: Array) -> Array:
+    """Log-softmax over the last axis."""
+    maximum = _maximum(rows)
+    result: Array = (rows - maximum) - _log_sum(rows, maximum)
+    return result
+
+
+def logsumexp_rows(rows: Array) -> Array:
+    """Logsumexp over the last axis."""
+    maximum = _maximum(rows)
+    result: Array = (maximum + _log_sum(rows, maximum))[..., 0]
+    return result
+
+
+def _maximum(rows: Array) -> Array:
+    """Return the last axis's maximum (of the real parts), NaN where there is one."""
+    maximum: Array = rows.real.max(axis=-1, keepdims=True)
+    return maximum
+
+
+def _exp_difference(rows: Array, maximum: Array) -> Array:
+    """Return exp(rows - maximum) without the rounding error of the subtraction."""
+    difference = rows - maximum
+    terms: Array = np.exp(difference)
+    if not np.iscomplexobj(rows):
+        other = difference - rows  # Knuth's TwoSum: (rows - (difference - other)) - (maximum + other) is the error
+        residual = (rows - (difference - other)) - (maximum + other)
+        np.add(terms, terms * residual, out=terms, where=np.isfinite(residual))
+    return terms
+
+
+def _log_sum(rows: Array, maximum: Array) -> Array:
+    """Return log(sum(exp(rows - maximum))); 0 where the maximum is infinite, so that it alone decides."""
+    terms = _exp_difference(rows, maximum)
+    if np.iscomplexobj(rows):
+        total = np.log(terms.sum(axis=-1, keepdims=True))
+    else:
+        # The largest term is 1: summed apart from it, the others keep their digits however small they are.
+        np.put_along_axis(terms, rows.argmax(axis=-1, keepdims=True), 0.0, axis=-1)
+        total = np.log1p(terms.sum(axis=-1, keepdims=True))
+    return np.where(np.isinf(maximum), 0.0, total)
+
+
+def logsumexp_weighted(a: Array, b: Array, axes: tuple[int, ...], return_sign: bool) -> tuple[Array, Array]:
+    """Return log|sum(b * exp(a))| and the sign of the sum over ``axes``, which are kept with length 1.
+
+    Without ``return_sign`` the logarithm of a negative real sum is NaN, that of a complex one has its phase.
+    """
+    kept = tuple(1 if axis in axes else size for axis, size in enumerate(a.shape))
+    others = tuple(axis for axis in range(a.ndim) if axis not in axes)
+    n_rows = int(np.prod([a.shape[axis] for axis in others], dtype=int))
+    n_cols = int(np.prod([a.shape[axis] for axis in axes], dtype=int))
+    with np.errstate(all="ignore"):
+        if n_rows * n_cols == 0:
+            log_sum, sign = np.full(n_rows, -np.inf, a.dtype), np.zeros(n_rows, a.dtype)
+        else:
+            order = (*others, *axes)
+            rows = a.transpose(order).reshape(n_rows, n_cols)
+            log_sum, sign = _weighted_rows(rows, b.transpose(order).reshape(n_rows, n_cols))
+        if not return_sign:
+            log_sum = log_sum + np.log(sign) if np.iscomplexobj(a) else np.where(sign < 0, np.nan, log_sum)
+    return log_sum.reshape(kept), sign.reshape(kept)
+
+
+def _weighted_rows(a: Array, b: Array) -> tuple[Array, Array]:
+    a, b = np.where(b == 0, -np.inf, a), np.where(b == 0, 1, b)
+    sizes = a.real + np.log(np.abs(b))
+    largest = np.where(np.isnan(sizes), np.inf, sizes).argmax(axis=-1, keepdims=True)
+    a_top, b_top, size_top = (np.take_along_axis(part, largest, axis=-1) for part in (a, b, sizes))
+    # Each term relative to the largest, which is then 1 and kept out of the sum. Where the factors overflow on the way
+    # to a product of at most 1, the product is taken as the exponential of the logarithms' sum.
+    terms: Any = (b / b_top) * np.exp(a - a_top)
+    terms = np.where(np.isfinite(terms), terms, (b / b_top) / np.abs(b / b_top) * np.exp(sizes - size_top))
+    np.put_along_axis(terms, largest, 0.0, axis=-1)
+    rest = terms.sum(axis=-1, keepdims=True)
+    total = 1 + rest
+    log_sum = size_top + (np.log(np.abs(total)) if np.iscomplexobj(total) else np.log1p(np.maximum(rest, -1)))
+    log_sum = np.where(total.real < -0.0, size_top + np.log(np.abs(total)), log_sum)
+    phase_top = b_top / np.abs(b_top) * (np.exp(1j * a_top.imag) if np.iscomplexobj(a) else 1)
+    sign = phase_top * (total / np.where(total == 0, 1, np.abs(total)))
+
+    infinite = np.isinf(a.real) & (a.real > 0)
+    signs_of_infinite = np.where(infinite, b / np.abs(b), 0)
+    count = infinite.sum(axis=-1, keepdims=True)
+    net = signs_of_infinite.sum(axis=-1, keepdims=True)
+    log_sum = np.where(count > 0, np.where(np.abs(net) == count, np.inf, np.nan), log_sum)
+    sign = np.where(count > 0, np.where(np.abs(net) == count, net / np.maximum(count, 1), np.nan), sign)
+    empty = size_top == -np.inf
+    invalid = (np.isnan(a) | np.isnan(b)).any(axis=-1, keepdims=True)
+    log_sum = np.where(empty, -np.inf, log_sum)
+    sign = np.where(empty, 0, sign)
+    return np.where(invalid, np.nan, log_sum)[..., 0], np.where(invalid, np.nan, sign)[..., 0]
