@@ -1,0 +1,142 @@
+"""The compiled backend: Cython kernels, built once for each instruction-set tier and chosen here at run time.
+
+The tier is the best one this processor runs, or the one that the environment variable ``FASTSOFTMAX_ISA`` names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from fastsoftmax import _schedule
+from fastsoftmax._dispatch import Function, Plan
+from fastsoftmax._executor import run_blocks
+from fastsoftmax._layout import Array, Layout
+from fastsoftmax._schedule import Exponentials, Schedule, Traversal
+
+# Best first. `portable` is compiled for every processor of the architecture; elsewhere than on x86-64 it is the only one.
+TIERS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "portable")
+
+# The numbers by which the kernels know their choices: the enumerations in src_cython.
+_FUNCTIONS: dict[Function, int] = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
+_TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2}
+_EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
+
+# Bytes of each row in a strip (STRIP_BYTES in src_cython/strips.pxi).
+_STRIP_BYTES = 256
+
+# A call returns to Python after this many bytes of input, so that Ctrl-C is heard within some 10 ms.
+_MAX_BLOCK_BYTES = 64 * 1024 * 1024
+
+
+def _load(tier: str) -> Any:
+    return import_module(f"fastsoftmax._kernels_{tier}")
+
+
+@cache
+def tiers() -> tuple[str, ...]:
+    """Return the tiers that are built and that this processor runs, best first."""
+    runs_here = _load("portable").runs_here
+    found = []
+    for tier in TIERS:
+        if runs_here(tier):
+            try:
+                _load(tier)
+            except ModuleNotFoundError:  # the compiler that built the package did not know the tier
+                continue
+            found.append(tier)
+    return tuple(found)
+
+
+def _initial_tier() -> str:
+    forced = os.environ.get("FASTSOFTMAX_ISA")
+    if not forced:
+        return tiers()[0]
+    if forced not in tiers():
+        raise ValueError(f"FASTSOFTMAX_ISA must be one of {', '.join(tiers())} on this machine, not {forced!r}")
+    return forced
+
+
+_tier = _initial_tier()
+_kernels = _load(_tier)
+
+
+def active_tier() -> str:
+    """Return the tier that serves calls."""
+    return _tier
+
+
+@contextmanager
+def use_tier(tier: str) -> Iterator[None]:
+    """Serve all calls of the process from another tier inside a ``with`` block: for tests and benchmarks."""
+    global _tier, _kernels
+    if tier not in tiers():
+        raise ValueError(f"tier must be one of {', '.join(tiers())} on this machine, not {tier!r}")
+    before = _tier
+    _tier, _kernels = tier, _load(tier)
+    try:
+        yield
+    finally:
+        _tier, _kernels = before, _load(before)
+
+
+def kernel_addresses() -> dict[tuple[str, str], int]:
+    """Return the addresses of the active tier's C functions for one contiguous row, by function and dtype."""
+    addresses: dict[tuple[str, str], int] = _kernels.addresses()
+    return addresses
+
+
+def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
+    return Plan(function, "cython", _tier, make_schedule(function, layout, in_place))
+
+
+def make_schedule(function: Function, layout: Layout, in_place: bool) -> Schedule:
+    """Choose the traversal from the strides, and from the sizes where the exponentials wait for their sum."""
+    n_bytes = layout.size * layout.itemsize
+    n_threads = min(layout.size // _schedule.MIN_ELEMENTS_PER_THREAD, _schedule.max_threads()) if n_bytes > 2**19 else 1
+    n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
+    caches = _schedule.cache_sizes()
+    # Input and output together leave the last cache: what is written will not be read from there.
+    streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
+    traversal: Traversal
+    if layout.has_contiguous_rows:
+        traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * layout.itemsize
+    elif layout.has_adjacent_rows:
+        n_strips = -(-layout.kept[-1].size * layout.itemsize // _STRIP_BYTES)
+        traversal, n_units = "strips", layout.n_rows // layout.kept[-1].size * n_strips
+        unit_bytes = layout.n_cols * _STRIP_BYTES
+    else:
+        traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
+    exponentials: Exponentials = "none"
+    if function == "softmax":
+        if traversal == "gather":
+            exponentials = "recompute"
+        elif not (streaming or in_place):
+            exponentials = "output"
+        else:
+            # The terms of one row or strip, and the row itself, stay in the private cache until they are scaled.
+            exponentials = "scratch" if 2 * unit_bytes <= caches.private else "recompute"
+    n_blocks = min(n_blocks, n_units)
+    return Schedule(traversal, exponentials, streaming, min(max(n_threads, 1), n_blocks), n_blocks)
+
+
+def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
+    schedule, kernel = plan.schedule, _kernels.run
+    arguments = (
+        _FUNCTIONS[plan.function],
+        _TRAVERSALS[schedule.traversal],
+        _EXPONENTIALS[schedule.exponentials],
+        schedule.streaming,
+        layout.kept,
+        layout.reduced,
+        x,
+        out,
+    )
+    if schedule.n_blocks == 1:
+        kernel(*arguments, 0, 1)
+    else:
+        run_blocks(lambda block: kernel(*arguments, block, schedule.n_blocks), schedule.n_blocks, schedule.n_threads)

@@ -1,0 +1,202 @@
+"""The compiled backend's kernels: one call runs a range of rows or strips by a given schedule, without the GIL.
+
+This one source is built once for each instruction-set tier.
+"""
+
+cimport numpy as cnp
+from libc.math cimport INFINITY, exp, fabs, fma, frexp, ldexp, log1p, rint
+from libc.stdint cimport uintptr_t
+from libc.stdlib cimport free, malloc
+
+include "registers.pxi"
+include "state.pxi"
+include "rows.pxi"
+include "gather.pxi"
+include "strips.pxi"
+
+
+cnp.import_array()
+
+cdef enum Function:
+    SOFTMAX
+    LOG_SOFTMAX
+    LOGSUMEXP
+
+cdef enum Traversal:
+    ROWS
+    STRIPS
+    GATHER
+
+
+cdef struct Job:
+    Function function
+    Traversal traversal
+    Exponentials exponentials
+    bint streaming
+    Dimensions kept
+    Dimensions row
+
+
+def runs_here(str tier):
+    """Whether this processor runs code compiled for a tier."""
+    return processor_runs(tier.encode())
+
+
+cdef Dimensions dimensions(tuple layout):
+    cdef Dimensions result
+    result.count = len(layout)
+    for i, dimension in enumerate(layout):
+        result.size[i], result.x_stride[i], result.y_stride[i] = dimension.size, dimension.x_stride, dimension.y_stride
+    return result
+
+
+cdef inline Py_ssize_t product(const Dimensions* dimensions) noexcept nogil:
+    cdef Py_ssize_t result = 1
+    cdef int i
+    for i in range(dimensions.count):
+        result *= dimensions.size[i]
+    return result
+
+
+def run(
+    int function, int traversal, int exponentials, bint streaming, tuple kept, tuple reduced, cnp.ndarray x,
+    cnp.ndarray out, int block, int n_blocks
+):
+    """Run one of `n_blocks` equal parts of a call.
+
+    Parameters
+    ----------
+    function, traversal, exponentials : int
+        The values of the enumerations above, in the order of their names in the Python module.
+    streaming : bool
+        Write past the caches.
+    kept, reduced : tuple of Dimension
+        The layout.
+    x, out : ndarray
+        Aligned and native, both float32 or both float64.
+    block, n_blocks : int
+        Which part.
+    """
+    cdef Job job
+    cdef const void* source = cnp.PyArray_DATA(x)
+    cdef void* target = cnp.PyArray_DATA(out)
+    cdef bint is_single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, enough_memory
+    job.function, job.traversal, job.exponentials, job.streaming = <Function>function, <Traversal>traversal, <Exponentials>exponentials, streaming
+    job.kept, job.row = dimensions(kept), dimensions(reduced)
+    with nogil:
+        if is_single:
+            enough_memory = run_block(<const f32v*>source, <f32v*>target, &job, block, n_blocks)
+        else:
+            enough_memory = run_block(<const f64v*>source, <f64v*>target, &job, block, n_blocks)
+    if not enough_memory:
+        raise MemoryError("no memory for the scratch of a softmax row")
+
+
+cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t n_blocks) noexcept nogil:
+    """Run one of `n_blocks` equal parts of a job; False if there is no memory for its scratch."""
+    cdef Py_ssize_t n = product(&job.row), n_units = product(&job.kept), n_strips = 1
+    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, unit
+    cdef vec* scratch = NULL
+    cdef State* states
+    if job.traversal == STRIPS:
+        job.kept.count -= 1
+        n_strips = (job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
+        n_units = product(&job.kept) * n_strips
+        n_states = (n_states + 1) * strip_columns(x)
+    if job.traversal == GATHER:
+        scratch_bytes = 2 * chunk_length(x) * itemsize(x)
+    elif job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
+        scratch_bytes = n * STRIP_BYTES if job.traversal == STRIPS else n * itemsize(x)
+    states = <State*>malloc(n_states * sizeof(State))
+    scratch = <vec*>malloc(scratch_bytes)
+    if states == NULL or (scratch_bytes and scratch == NULL):
+        free(states)
+        free(scratch)
+        return False
+    for unit in range(n_units * block // n_blocks, n_units * (block + 1) // n_blocks):
+        if job.traversal == STRIPS:
+            run_strip(x, y, job, unit // n_strips, unit % n_strips, scratch, states)
+        else:
+            run_row(x, y, job, unit, n, scratch, states)
+    if job.streaming:
+        stream_fence()
+    free(states)
+    free(scratch)
+    return True
+
+
+cdef inline void run_row(
+    const vec* x, vec* y, const Job* job, Py_ssize_t row, Py_ssize_t n, vec* scratch, State* states
+) noexcept nogil:
+    cdef Py_ssize_t x_offset, y_offset
+    cdef State total
+    locate(&job.kept, row, &x_offset, &y_offset)
+    x, y = <const vec*>(<const char*>x + x_offset), <vec*>(<char*>y + y_offset)
+    if job.function == LOGSUMEXP:
+        total = fold_gathered(x, &job.row, n, True, scratch) if job.traversal == GATHER else fold_row(x, n)
+        put(y, 0, total.maximum + log_sum(total))
+    elif job.function == SOFTMAX:
+        if job.traversal == GATHER:
+            softmax_gathered(x, y, &job.row, n, scratch)
+        else:
+            softmax_row(x, y, n, job.exponentials, scratch, states, job.streaming)
+    elif job.traversal == GATHER:
+        log_softmax_gathered(x, y, &job.row, n, scratch)
+    else:
+        log_softmax_row(x, y, n, job.streaming)
+
+
+cdef inline void run_strip(
+    const vec* x, vec* y, const Job* job, Py_ssize_t outer, Py_ssize_t index, vec* scratch, State* states
+) noexcept nogil:
+    cdef Py_ssize_t x_offset, y_offset, first = index * strip_columns(x), inner = job.kept.count
+    cdef Strip strip
+    locate(&job.kept, outer, &x_offset, &y_offset)
+    strip.n_rows = job.row.size[0]
+    strip.n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(x))
+    strip.x_stride, strip.y_stride, strip.result_stride = job.row.x_stride[0], job.row.y_stride[0], job.kept.y_stride[inner]
+    x = <const vec*>(<const char*>x + x_offset + first * itemsize(x))
+    y = <vec*>(<char*>y + y_offset + first * job.kept.y_stride[inner])
+    if job.function == SOFTMAX:
+        softmax_strip(x, y, strip, job.exponentials, scratch, states, job.streaming)
+    elif job.function == LOG_SOFTMAX:
+        log_softmax_strip(x, y, strip, job.streaming)
+    else:
+        logsumexp_strip(x, y, strip)
+
+
+def addresses():
+    """The addresses of the functions below, by function and dtype."""
+    return {
+        ("softmax", "float32"): <uintptr_t><void*>one_softmax[f32v],
+        ("softmax", "float64"): <uintptr_t><void*>one_softmax[f64v],
+        ("log_softmax", "float32"): <uintptr_t><void*>one_log_softmax[f32v],
+        ("log_softmax", "float64"): <uintptr_t><void*>one_log_softmax[f64v],
+        ("logsumexp", "float32"): <uintptr_t><void*>logsumexp_f32,
+        ("logsumexp", "float64"): <uintptr_t><void*>logsumexp_f64,
+    }
+
+
+cdef void one_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
+    """Softmax of one contiguous row; x and y may be the same."""
+    cdef State state
+    # In place, terms in the output would overwrite the row, which is read again if the first guess was too low. Longer
+    # rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
+    cdef bint keep = n <= chunk_length(x) and <const void*>x != <const void*>y
+    if n:
+        softmax_row(x, y, n, IN_OUTPUT if keep else RECOMPUTE, <vec*>NULL, &state, False)
+
+
+cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
+    if n:
+        log_softmax_row(x, y, n, False)
+
+
+cdef float logsumexp_f32(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef State state = fold_row(<const f32v*>x, n)
+    return <float>(state.maximum + log_sum(state))
+
+
+cdef double logsumexp_f64(const double* x, Py_ssize_t n) noexcept nogil:
+    cdef State state = fold_row(<const f64v*>x, n)
+    return state.maximum + log_sum(state)

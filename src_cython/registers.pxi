@@ -1,0 +1,168 @@
+"""The registers of simd.h under one name for both element types.
+
+Cython takes `f32v` and `f64v` for numbers, so kernels are written as if for one element: `a * b + c` is the compiler's
+arithmetic on whole registers. A row is a sequence of registers and, at its end, one that is only partly filled.
+"""
+
+cdef extern from "simd.h" nogil:
+    ctypedef float f32v
+    ctypedef double f64v
+    const int REGISTER_BYTES
+    const bint HAS_FMA
+
+    f32v f32v_splat(double c)
+    f64v f64v_splat(double c)
+    f32v f32v_load(const f32v* p)
+    f64v f64v_load(const f64v* p)
+    f32v f32v_load_first(const f32v* p, int count, f32v fill)
+    f64v f64v_load_first(const f64v* p, int count, f64v fill)
+    void f32v_store(f32v* p, f32v v)
+    void f64v_store(f64v* p, f64v v)
+    void f32v_store_first(f32v* p, f32v v, int count)
+    void f64v_store_first(f64v* p, f64v v, int count)
+    void f32v_stream(f32v* p, f32v v)
+    void f64v_stream(f64v* p, f64v v)
+    f32v f32v_drop_first_equal(f32v v, f32v keys, double key)
+    f64v f64v_drop_first_equal(f64v v, f64v keys, double key)
+    f32v f32v_maximum(f32v a, f32v b)
+    f64v f64v_maximum(f64v a, f64v b)
+    f32v f32v_minimum(f32v a, f32v b)
+    f64v f64v_minimum(f64v a, f64v b)
+    bint f32v_any_greater(f32v a, f32v b)
+    bint f64v_any_greater(f64v a, f64v b)
+    f32v f32v_power_of_two(f32v v)
+    f64v f64v_power_of_two(f64v v)
+    f32v f32v_swap(f32v v, unsigned distance)
+    f64v f64v_swap(f64v v, unsigned distance)
+    float f32v_lane(f32v v, int lane)
+    double f64v_lane(f64v v, int lane)
+    double exact_power_of_two(double k)
+    double floor_log2(double x)
+    void stream_fence()
+    bint processor_runs(const char* tier)
+
+ctypedef fused vec:
+    f32v
+    f64v
+
+
+# `like` tells the element type and is never read.
+
+cdef inline double by_type(double for_f32, double for_f64, const vec* like) noexcept nogil:
+    """The constant that belongs to the element type."""
+    if vec is f32v:
+        return for_f32
+    else:
+        return for_f64
+
+
+cdef inline int itemsize(const vec* like) noexcept nogil:
+    if vec is f32v:
+        return 4
+    else:
+        return 8
+
+
+cdef inline int lanes(const vec* like) noexcept nogil:
+    """Elements in a register."""
+    return REGISTER_BYTES // itemsize(like)
+
+
+cdef inline vec splat(double c, const vec* like) noexcept nogil:
+    """A register with `c` in every lane."""
+    if vec is f32v:
+        return f32v_splat(c)
+    else:
+        return f64v_splat(c)
+
+
+cdef inline vec load(const vec* p) noexcept nogil:
+    if vec is f32v:
+        return f32v_load(p)
+    else:
+        return f64v_load(p)
+
+
+cdef inline vec load_first(const vec* p, int count, vec fill) noexcept nogil:
+    """The first `count` elements at `p`, `fill` in the lanes behind them."""
+    if vec is f32v:
+        return f32v_load_first(p, count, fill)
+    else:
+        return f64v_load_first(p, count, fill)
+
+
+cdef inline void store(vec* p, vec v) noexcept nogil:
+    if vec is f32v:
+        f32v_store(p, v)
+    else:
+        f64v_store(p, v)
+
+
+cdef inline void store_first(vec* p, vec v, int count) noexcept nogil:
+    if vec is f32v:
+        f32v_store_first(p, v, count)
+    else:
+        f64v_store_first(p, v, count)
+
+
+cdef inline void stream(vec* p, vec v) noexcept nogil:
+    """Store past the caches; `p` is aligned to a whole register."""
+    if vec is f32v:
+        f32v_stream(p, v)
+    else:
+        f64v_stream(p, v)
+
+
+cdef inline vec drop_first_equal(vec v, vec keys, double key) noexcept nogil:
+    """v, but for 0 in the first lane where `keys` equals `key`."""
+    if vec is f32v:
+        return f32v_drop_first_equal(v, keys, key)
+    else:
+        return f64v_drop_first_equal(v, keys, key)
+
+
+cdef inline vec maximum(vec a, vec b) noexcept nogil:
+    """The larger of each lane; `b` where either is NaN."""
+    if vec is f32v:
+        return f32v_maximum(a, b)
+    else:
+        return f64v_maximum(a, b)
+
+
+cdef inline vec minimum(vec a, vec b) noexcept nogil:
+    """The smaller of each lane; `b` where either is NaN."""
+    if vec is f32v:
+        return f32v_minimum(a, b)
+    else:
+        return f64v_minimum(a, b)
+
+
+cdef inline bint any_greater(vec a, vec b) noexcept nogil:
+    """Whether a > b in any lane."""
+    if vec is f32v:
+        return f32v_any_greater(a, b)
+    else:
+        return f64v_any_greater(a, b)
+
+
+cdef inline vec power_of_two(vec v) noexcept nogil:
+    """2**k, where the lowest bits of v hold k plus the exponent bias of the type."""
+    if vec is f32v:
+        return f32v_power_of_two(v)
+    else:
+        return f64v_power_of_two(v)
+
+
+cdef inline vec swap(vec v, int distance) noexcept nogil:
+    """Lane i of the result is lane i ^ distance of v."""
+    if vec is f32v:
+        return f32v_swap(v, distance)
+    else:
+        return f64v_swap(v, distance)
+
+
+cdef inline double lane(vec v, int index) noexcept nogil:
+    if vec is f32v:
+        return f32v_lane(v, index)
+    else:
+        return f64v_lane(v, index)

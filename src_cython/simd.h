@@ -1,0 +1,253 @@
+/* Registers of float32 and float64, as wide as the instruction set this file is compiled for.
+ *
+ * Arithmetic on them (+ - * /) is the compiler's own vector extension (GCC, Clang), on any processor. This header adds
+ * what that extension cannot say: memory access, maxima, comparisons, lane permutation, non-temporal stores. The algorithm
+ * itself is in the Cython files beside it.
+ *
+ * Every function exists for both types, T##_name with T = f32v or f64v; the `registers` module gives them one name.
+ */
+#ifndef FASTSOFTMAX_SIMD_H
+#define FASTSOFTMAX_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define REGISTER_BYTES 64
+#elif defined(__AVX2__)
+#define REGISTER_BYTES 32
+#else
+#define REGISTER_BYTES 16
+#endif
+
+/* Whether a * b + c is one instruction with one rounding. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HAS_FMA 1
+#else
+#define HAS_FMA 0
+#endif
+
+typedef float f32v __attribute__((vector_size(REGISTER_BYTES)));
+typedef double f64v __attribute__((vector_size(REGISTER_BYTES)));
+typedef uint32_t u32v __attribute__((vector_size(REGISTER_BYTES)));
+typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
+
+#define DEFINE_FOR_ANY_PROCESSOR(T, real, bits, mantissa_bits)                                                         \
+    typedef T T##_unaligned __attribute__((aligned(sizeof(real)), may_alias));                                         \
+    static inline T T##_splat(double c) { return (real)c - (T){0}; }                                                   \
+    static inline T T##_load(const T *p) { return *(const T##_unaligned *)p; }                                         \
+    static inline void T##_store(T *p, T v) { *(T##_unaligned *)p = v; }                                               \
+    /* 2**k, where the lowest bits of v's mantissa hold k + the exponent bias of the type. */                          \
+    static inline T T##_power_of_two(T v) { return (T)((bits)v << mantissa_bits); }                                    \
+    static inline real T##_lane(T v, int lane) { return v[lane]; }
+
+DEFINE_FOR_ANY_PROCESSOR(f32v, float, u32v, 23)
+DEFINE_FOR_ANY_PROCESSOR(f64v, double, u64v, 52)
+
+/* Lane i of the result is lane i ^ distance of v. */
+#if defined(__GNUC__) && !defined(__clang__)
+static inline f32v f32v_swap(f32v v, unsigned distance)
+{
+    const u32v lanes = {0, 1, 2, 3,
+#if REGISTER_BYTES >= 32
+                        4, 5, 6, 7,
+#endif
+#if REGISTER_BYTES >= 64
+                        8, 9, 10, 11, 12, 13, 14, 15,
+#endif
+    };
+    return __builtin_shuffle(v, lanes ^ distance);
+}
+static inline f64v f64v_swap(f64v v, unsigned distance)
+{
+    const u64v lanes = {0, 1,
+#if REGISTER_BYTES >= 32
+                        2, 3,
+#endif
+#if REGISTER_BYTES >= 64
+                        4, 5, 6, 7,
+#endif
+    };
+    return __builtin_shuffle(v, lanes ^ distance);
+}
+#else
+#define DEFINE_SWAP(T, real)                                                                                           \
+    static inline T T##_swap(T v, unsigned distance)                                                                   \
+    {                                                                                                                  \
+        T result;                                                                                                      \
+        for (unsigned lane = 0; lane < sizeof(T) / sizeof(real); lane++)                                               \
+            result[lane] = v[lane ^ distance];                                                                         \
+        return result;                                                                                                 \
+    }
+
+DEFINE_SWAP(f32v, float)
+DEFINE_SWAP(f64v, double)
+#endif
+
+/* maximum and minimum return b where either operand is NaN, as the x86 instructions do. */
+#if REGISTER_BYTES == 64
+
+static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b); }
+static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm512_min_pd((__m512d)a, (__m512d)b); }
+static inline int f32v_any_greater(f32v a, f32v b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0; }
+static inline int f64v_any_greater(f64v a, f64v b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0; }
+static inline void f32v_stream(f32v *p, f32v v) { _mm512_stream_ps((float *)p, (__m512)v); }
+static inline void f64v_stream(f64v *p, f64v v) { _mm512_stream_pd((double *)p, (__m512d)v); }
+
+#elif REGISTER_BYTES == 32
+
+static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm256_max_pd((__m256d)a, (__m256d)b); }
+static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm256_min_pd((__m256d)a, (__m256d)b); }
+static inline int f32v_any_greater(f32v a, f32v b)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+}
+static inline int f64v_any_greater(f64v a, f64v b)
+{
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
+}
+static inline void f32v_stream(f32v *p, f32v v) { _mm256_stream_ps((float *)p, (__m256)v); }
+static inline void f64v_stream(f64v *p, f64v v) { _mm256_stream_pd((double *)p, (__m256d)v); }
+
+#elif defined(__x86_64__)
+
+static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm_max_ps((__m128)a, (__m128)b); }
+static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm_max_pd((__m128d)a, (__m128d)b); }
+static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm_min_ps((__m128)a, (__m128)b); }
+static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm_min_pd((__m128d)a, (__m128d)b); }
+static inline int f32v_any_greater(f32v a, f32v b) { return _mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)) != 0; }
+static inline int f64v_any_greater(f64v a, f64v b) { return _mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)) != 0; }
+static inline void f32v_stream(f32v *p, f32v v) { _mm_stream_ps((float *)p, (__m128)v); }
+static inline void f64v_stream(f64v *p, f64v v) { _mm_stream_pd((double *)p, (__m128d)v); }
+
+#else
+
+#define DEFINE_COMPARISONS(T, real, bits)                                                                              \
+    static inline T T##_select(bits mask, T a, T b) { return (T)((mask & (bits)a) | (~mask & (bits)b)); }              \
+    static inline T T##_maximum(T a, T b) { return T##_select((bits)(a > b), a, b); }                                  \
+    static inline T T##_minimum(T a, T b) { return T##_select((bits)(a < b), a, b); }                                  \
+    static inline void T##_stream(T *p, T v) { *p = v; }                                                               \
+    static inline int T##_any_greater(T a, T b)                                                                        \
+    {                                                                                                                  \
+        int any = 0;                                                                                                   \
+        for (int lane = 0; lane < (int)(sizeof(T) / sizeof(real)); lane++)                                             \
+            any |= a[lane] > b[lane];                                                                                  \
+        return any;                                                                                                    \
+    }
+
+DEFINE_COMPARISONS(f32v, float, u32v)
+DEFINE_COMPARISONS(f64v, double, u64v)
+
+#endif
+
+/* A register of which only the first `count` lanes are read from or written to memory; `fill` stands in the others.
+ * drop_first_equal: v, but for 0 in the first lane where `keys` equals `key`.
+ */
+#if REGISTER_BYTES == 64
+
+static inline f32v f32v_load_first(const f32v *p, int count, f32v fill)
+{
+    return (f32v)_mm512_mask_loadu_ps((__m512)fill, (__mmask16)((1u << count) - 1), p);
+}
+static inline f64v f64v_load_first(const f64v *p, int count, f64v fill)
+{
+    return (f64v)_mm512_mask_loadu_pd((__m512d)fill, (__mmask8)((1u << count) - 1), p);
+}
+static inline void f32v_store_first(f32v *p, f32v v, int count)
+{
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+static inline void f64v_store_first(f64v *p, f64v v, int count)
+{
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
+}
+static inline f32v f32v_drop_first_equal(f32v v, f32v keys, double key)
+{
+    unsigned equal = _mm512_cmp_ps_mask((__m512)keys, _mm512_set1_ps((float)key), _CMP_EQ_OQ);
+    return (f32v)_mm512_maskz_mov_ps((__mmask16)~(equal & -equal), (__m512)v);
+}
+static inline f64v f64v_drop_first_equal(f64v v, f64v keys, double key)
+{
+    unsigned equal = _mm512_cmp_pd_mask((__m512d)keys, _mm512_set1_pd(key), _CMP_EQ_OQ);
+    return (f64v)_mm512_maskz_mov_pd((__mmask8)~(equal & -equal), (__m512d)v);
+}
+
+#else
+
+#define DEFINE_PARTIAL_ACCESS(T, real)                                                                                 \
+    static inline T T##_load_first(const T *p, int count, T fill)                                                      \
+    {                                                                                                                  \
+        memcpy(&fill, p, count * sizeof(real));                                                                        \
+        return fill;                                                                                                   \
+    }                                                                                                                  \
+    static inline void T##_store_first(T *p, T v, int count) { memcpy(p, &v, count * sizeof(real)); }                  \
+    static inline T T##_drop_first_equal(T v, T keys, double key)                                                      \
+    {                                                                                                                  \
+        for (unsigned lane = 0; lane < sizeof(T) / sizeof(real); lane++) {                                             \
+            if (keys[lane] == key) {                                                                                   \
+                v[lane] = 0;                                                                                           \
+                break;                                                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
+        return v;                                                                                                      \
+    }
+
+DEFINE_PARTIAL_ACCESS(f32v, float)
+DEFINE_PARTIAL_ACCESS(f64v, double)
+
+#endif
+
+/* Scalar powers of two by their exponent bits: libm's ldexp and frexp cost a short row a quarter of its time. */
+static inline double double_from_bits(uint64_t bits)
+{
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* 2**k; 0 below the normal range. k is at most 1023. */
+static inline double exact_power_of_two(double k) { return k < -1022 ? 0 : double_from_bits((uint64_t)(k + 1023) << 52); }
+
+/* The k with 2**k <= x < 2**(k + 1), for a positive normal x. */
+static inline double floor_log2(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (double)(bits >> 52) - 1023;
+}
+
+/* Make non-temporal stores visible to other threads in order. */
+static inline void stream_fence(void)
+{
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+/* Whether this processor (and its operating system) runs code compiled for a tier. */
+static inline int processor_runs(const char *tier)
+{
+    if (strcmp(tier, "portable") == 0)
+        return 1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("ssse3");
+    int v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    int v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    return strcmp(tier, "x86_64_v2") == 0 ? v2 : strcmp(tier, "x86_64_v3") == 0 ? v3 : strcmp(tier, "x86_64_v4") == 0 && v4;
+#else
+    return 0;
+#endif
+}
+
+#endif
