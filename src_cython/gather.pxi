@@ -71,7 +71,7 @@ cdef State fold_gathered(const vec* x, const Dimensions* row, Py_ssize_t n, bint
     while first < n:
         size = min(length, n - first)
         gather(x, row, first, size, scratch)
-        state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart)
+        state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, total.offset)
         total = merge(total, state, apart) if first else state
         first += size
     return total
@@ -104,7 +104,7 @@ cdef void log_softmax_gathered(const vec* x, vec* y, const Dimensions* row, Py_s
         if n > length:
             gather(x, row, first, size, scratch)
         write_chunk(
-            SUBTRACT, <const vec*>scratch, scratch, size, make_reference(0.0, 0.0, x), total.maximum, log_sum(total), 0.0,
+            SUBTRACT, <const vec*>scratch, scratch, size, make_reference(0.0, 0.0, x), total.maximum, log_sum(total, x), 0.0,
             False)
         scatter(<const vec*>scratch, y, row, first, size)
         first += size

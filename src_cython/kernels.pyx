@@ -50,7 +50,7 @@ cdef Dimensions dimensions(tuple layout):
     return result
 
 
-cdef inline Py_ssize_t product(const Dimensions* dimensions) noexcept nogil:
+cdef inline Py_ssize_t total_size(const Dimensions* dimensions) noexcept nogil:
     cdef Py_ssize_t result = 1
     cdef int i
     for i in range(dimensions.count):
@@ -94,14 +94,14 @@ def run(
 
 cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t n_blocks) noexcept nogil:
     """Run one of `n_blocks` equal parts of a job; False if there is no memory for its scratch."""
-    cdef Py_ssize_t n = product(&job.row), n_units = product(&job.kept), n_strips = 1
+    cdef Py_ssize_t n = total_size(&job.row), n_units = total_size(&job.kept), n_strips = 1
     cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, unit
     cdef vec* scratch = NULL
     cdef State* states
     if job.traversal == STRIPS:
         job.kept.count -= 1
         n_strips = (job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
-        n_units = product(&job.kept) * n_strips
+        n_units = total_size(&job.kept) * n_strips
         n_states = (n_states + 1) * strip_columns(x)
     if job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
@@ -134,7 +134,7 @@ cdef inline void run_row(
     x, y = <const vec*>(<const char*>x + x_offset), <vec*>(<char*>y + y_offset)
     if job.function == LOGSUMEXP:
         total = fold_gathered(x, &job.row, n, True, scratch) if job.traversal == GATHER else fold_row(x, n)
-        put(y, 0, total.maximum + log_sum(total))
+        put(y, 0, total.maximum + log_sum(total, x))
     elif job.function == SOFTMAX:
         if job.traversal == GATHER:
             softmax_gathered(x, y, &job.row, n, scratch)
@@ -194,9 +194,9 @@ cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
 
 cdef float logsumexp_f32(const float* x, Py_ssize_t n) noexcept nogil:
     cdef State state = fold_row(<const f32v*>x, n)
-    return <float>(state.maximum + log_sum(state))
+    return <float>(state.maximum + log_sum(state, <const f32v*>x))
 
 
 cdef double logsumexp_f64(const double* x, Py_ssize_t n) noexcept nogil:
     cdef State state = fold_row(<const f64v*>x, n)
-    return state.maximum + log_sum(state)
+    return state.maximum + log_sum(state, <const f64v*>x)

@@ -30,6 +30,8 @@ cdef extern from "simd.h" nogil:
     f64v f64v_minimum(f64v a, f64v b)
     bint f32v_any_greater(f32v a, f32v b)
     bint f64v_any_greater(f64v a, f64v b)
+    f32v f32v_fused(f32v a, f32v b, f32v c)
+    f64v f64v_fused(f64v a, f64v b, f64v c)
     f32v f32v_power_of_two(f32v v)
     f64v f64v_power_of_two(f64v v)
     f32v f32v_swap(f32v v, unsigned distance)
@@ -54,6 +56,14 @@ cdef inline double by_type(double for_f32, double for_f64, const vec* like) noex
         return for_f32
     else:
         return for_f64
+
+
+cdef inline double to_lane(double c, const vec* like) noexcept nogil:
+    """c, rounded to the element type."""
+    if vec is f32v:
+        return <float>c
+    else:
+        return c
 
 
 cdef inline int itemsize(const vec* like) noexcept nogil:
@@ -143,6 +153,14 @@ cdef inline bint any_greater(vec a, vec b) noexcept nogil:
         return f32v_any_greater(a, b)
     else:
         return f64v_any_greater(a, b)
+
+
+cdef inline vec fused(vec a, vec b, vec c) noexcept nogil:
+    """a * b + c with one rounding, where HAS_FMA."""
+    if vec is f32v:
+        return f32v_fused(a, b, c)
+    else:
+        return f64v_fused(a, b, c)
 
 
 cdef inline vec power_of_two(vec v) noexcept nogil:

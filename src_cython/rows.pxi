@@ -139,25 +139,26 @@ cdef inline bint fold_with_reference(
     return True
 
 
-cdef State fold_chunk(const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart) noexcept nogil:
+cdef State fold_chunk(
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, double row_offset
+) noexcept nogil:
     """The state of one chunk; with `keep`, its terms too, relative to the state's exponent."""
     cdef State state = identity()
     cdef bint has_nan
     cdef double guess = sample_maximum(x, n)
-    if fabs(guess) != INFINITY and fold_below(x, terms, n, keep, apart, guess, &state):
+    if fabs(guess) != INFINITY and fold_specialized(x, terms, n, keep, apart, reference_below(guess, row_offset, x), &state):
         return state
     guess = exact_maximum(x, n, &has_nan)
     if fabs(guess) == INFINITY:
         return infinite_state(guess, has_nan, apart)
-    fold_below(x, terms, n, keep, apart, guess, &state)
+    fold_specialized(x, terms, n, keep, apart, reference_below(guess, row_offset, x), &state)
     return state
 
 
-cdef inline bint fold_below(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, double guess, State* state
+cdef inline bint fold_specialized(
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, Reference reference, State* state
 ) noexcept nogil:
     """`fold_with_reference` in one copy for each kind of call, so that its loops hold no decisions."""
-    cdef Reference reference = reference_below(guess, x)
     if apart:
         return fold_with_reference(x, terms, n, False, True, reference, state)
     if keep:
@@ -179,8 +180,7 @@ cdef inline void finish(
         else:
             if kind == SCALE:
                 v[j] = v[j] * c
-            # Without a fused multiply-add the product with a split reciprocal is rounded twice: softmax([x]) is not 1.
-            v[j] = v[j] * a + v[j] * b if HAS_FMA else v[j] / a
+            v[j] = product(v[j], a, b)
 
 
 cdef inline void write_chunk(
@@ -223,13 +223,17 @@ cdef void write_probabilities(
 ) noexcept nogil:
     """Write one chunk of probabilities, from its terms where they are there and have the offset of the whole row."""
     cdef Reference reference = make_reference(total.offset, scale.exponent, y)
-    cdef double a = scale.reciprocal if HAS_FMA else scale.sum
-    if terms != NULL and chunk.offset == total.offset:
+    if terms != NULL and terms_scale_to(chunk, total.offset, scale.exponent, x):
         write_chunk(
-            SCALE, terms, y, n, reference, a, scale.reciprocal_low, exact_power_of_two(chunk.exponent - scale.exponent),
-            streaming)
+            SCALE, terms, y, n, reference, scale.factor, scale.factor_low,
+            exact_power_of_two(chunk.exponent - scale.exponent), streaming)
     else:
-        write_chunk(EXP_SCALE, x, y, n, reference, a, scale.reciprocal_low, 1.0, streaming)
+        write_chunk(EXP_SCALE, x, y, n, reference, scale.factor, scale.factor_low, 1.0, streaming)
+
+
+cdef inline bint terms_scale_to(State chunk, double offset, double exponent, const vec* like) noexcept nogil:
+    """Whether a power of two makes a chunk's terms those of the whole row: the power must be in the type's range."""
+    return chunk.offset == offset and chunk.exponent - exponent >= by_type(-120.0, -1000.0, like)
 
 
 cdef inline void fill_nan(vec* y, Py_ssize_t n) noexcept nogil:
@@ -255,9 +259,9 @@ cdef void softmax_row(
     while first < n:
         size = min(length, n - first)
         if exponentials == RECOMPUTE:
-            state = fold_chunk(at(x, first), <vec*>NULL, size, False, False)
+            state = fold_chunk(at(x, first), <vec*>NULL, size, False, False, total.offset)
         else:
-            state = fold_chunk(at(x, first), <vec*>at(<const vec*>terms, first), size, True, False)
+            state = fold_chunk(at(x, first), <vec*>at(<const vec*>terms, first), size, True, False, total.offset)
             states[first // length] = state
         total = merge(total, state, False) if first else state
         first += size
@@ -283,7 +287,7 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t length = chunk_length(x), first = 0
     cdef State state, total = identity()
     while first < n:
-        state = fold_chunk(at(x, first), <vec*>NULL, min(length, n - first), False, True)
+        state = fold_chunk(at(x, first), <vec*>NULL, min(length, n - first), False, True, total.offset)
         total = merge(total, state, True) if first else state
         first += length
     return total
@@ -291,4 +295,4 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
 
 cdef void log_softmax_row(const vec* x, vec* y, Py_ssize_t n, bint streaming) noexcept nogil:
     cdef State total = fold_row(x, n)
-    write_chunk(SUBTRACT, x, y, n, make_reference(0.0, 0.0, y), total.maximum, log_sum(total), 0.0, streaming)
+    write_chunk(SUBTRACT, x, y, n, make_reference(0.0, 0.0, y), total.maximum, log_sum(total, x), 0.0, streaming)

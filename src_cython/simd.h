@@ -88,6 +88,28 @@ DEFINE_SWAP(f32v, float)
 DEFINE_SWAP(f64v, double)
 #endif
 
+/* a * b + c with one rounding; only called where HAS_FMA. Left to the compiler, it may fuse the wrong one of two products. */
+#if REGISTER_BYTES == 64
+static inline f32v f32v_fused(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline f64v f64v_fused(f64v a, f64v b, f64v c) { return (f64v)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif REGISTER_BYTES == 32 && HAS_FMA
+static inline f32v f32v_fused(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline f64v f64v_fused(f64v a, f64v b, f64v c) { return (f64v)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+static inline f32v f32v_fused(f32v a, f32v b, f32v c)
+{
+    for (unsigned lane = 0; lane < REGISTER_BYTES / 4; lane++)
+        c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+}
+static inline f64v f64v_fused(f64v a, f64v b, f64v c)
+{
+    for (unsigned lane = 0; lane < REGISTER_BYTES / 8; lane++)
+        c[lane] = __builtin_fma(a[lane], b[lane], c[lane]);
+    return c;
+}
+#endif
+
 /* maximum and minimum return b where either operand is NaN, as the x86 instructions do. */
 #if REGISTER_BYTES == 64
 

@@ -57,14 +57,21 @@ cdef inline Reference make_reference(double offset, double exponent, const vec* 
     return reference
 
 
-cdef inline Reference reference_below(double guess, const vec* like) noexcept nogil:
+cdef inline Reference reference_below(double guess, double row_offset, const vec* like) noexcept nogil:
     """The reference for a chunk with an element `guess` that is hoped to be near its maximum.
+
+    Where it needs an offset, it takes the `row_offset` of an earlier chunk if that is near enough for exact differences:
+    chunks that share their offset merge exactly.
 
     The term of `guess` becomes 2**64 (float32; 2**100 in float64): 190 binary digits above the smallest term, so that
     even subnormal results come from full terms, and 32 below the `limit` that true maxima may reach. A chunk of terms
     at the limit sums to 2**109, inside float32.
     """
-    cdef double offset = 0.0 if fabs(guess) < by_type(1024.0, 16384.0, like) else guess
+    cdef double offset = guess
+    if fabs(guess) < by_type(1024.0, 16384.0, like):
+        offset = 0.0
+    elif row_offset != 0.0 and fabs(guess - row_offset) < by_type(256.0, 4096.0, like):
+        offset = row_offset
     cdef double k = rint((guess - offset) * LOG2_E)
     cdef Reference reference = make_reference(offset, k - by_type(64.0, 100.0, like), like)
     reference.limit = offset + (k + by_type(32.0, 512.0, like)) * LN2
@@ -77,9 +84,8 @@ cdef inline void horner(vec* q, const vec* r, int count, double coefficient) noe
         q[j] = q[j] * r[j] + splat(coefficient, r)
 
 
-cdef inline void exp_minus_one(const vec* r, vec* result, int count) noexcept nogil:
-    """exp(r) - 1 on [-ln2/2, ln2/2]: r + r**2 q(r), with exp's minimax relative error 2**-28.2 (float32), 2**-57.9."""
-    cdef vec[GROUP] q
+cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
+    """q with exp(r) = 1 + r + r**2 q on [-ln2/2, ln2/2]; minimax, exp's relative error is 2**-28.2 (float64 2**-57.9)."""
     cdef int j
     for j in range(count):
         q[j] = splat(by_type(1.3814328e-3, 2.4999863292277574e-08, r), r)
@@ -98,9 +104,6 @@ cdef inline void exp_minus_one(const vec* r, vec* result, int count) noexcept no
         horner(q, r, count, 0.04166666666652816)
         horner(q, r, count, 0.16666666666666408)
         horner(q, r, count, 0.5000000000000011)
-    horner(q, r, count, 1.0)
-    for j in range(count):
-        result[j] = q[j] * r[j]
 
 
 cdef inline void scaled_exp(
@@ -114,7 +117,8 @@ cdef inline void scaled_exp(
     `count` registers, at most GROUP, go through each step together: one alone is a chain of 20 operations that wait
     for each other, and a processor's scheduler holds too few of them to overlap enough chains by itself.
     """
-    cdef vec[GROUP] z, biased, k, r, w, scale
+    cdef vec[GROUP] z, biased, k, r, q, scale, head, tail
+    cdef vec one = splat(1.0, x)
     cdef int j
     for j in range(count):
         z[j] = maximum(floor, x[j] - offset)
@@ -126,13 +130,19 @@ cdef inline void scaled_exp(
         r[j] = z[j] - k[j] * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, x), x)
     for j in range(count):
         r[j] = r[j] - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x), x)
-    exp_minus_one(r, w, count)
+    exp_tail(r, q, count)
+    for j in range(count):
+        head[j] = one + r[j]
+    for j in range(count):  # 1 + r + r**2 q as head + tail, so that only their sum is rounded
+        tail[j] = r[j] * r[j] * q[j] + (r[j] - (head[j] - one))
     for j in range(count):
         scale[j] = power_of_two(biased[j])
     for j in range(count):
-        terms[j] = w[j] * scale[j] + scale[j]
-    for j in range(count):  # exact: w * scale is, and so is the difference (Sterbenz)
-        residuals[j] = w[j] * scale[j] - (terms[j] - scale[j])
+        head[j] = head[j] * scale[j]
+    for j in range(count):
+        terms[j] = tail[j] * scale[j] + head[j]
+    for j in range(count):  # exact: the product by a power of two is, and so is the difference (Sterbenz)
+        residuals[j] = tail[j] * scale[j] - (terms[j] - head[j])
 
 
 cdef inline vec two_sum(vec a, vec b, vec* error) noexcept nogil:
@@ -141,6 +151,18 @@ cdef inline vec two_sum(vec a, vec b, vec* error) noexcept nogil:
     cdef vec b_seen = total - a
     error[0] = (a - (total - b_seen)) + (b - b_seen)
     return total
+
+
+cdef inline vec product(vec v, vec factor, vec factor_low) noexcept nogil:
+    """v * (factor + factor_low), rounded once: the product of a row's only term and the reciprocal of its sum is 1."""
+    if HAS_FMA:
+        return fused(v, factor, v * factor_low)
+    cdef vec splitter = splat(by_type(4097.0, 134217729.0, &v), &v)  # Dekker: halves of v and factor multiply exactly
+    cdef vec v_high = v * splitter - (v * splitter - v), v_low = v - v_high
+    cdef vec f_high = factor * splitter - (factor * splitter - factor), f_low = factor - f_high
+    cdef vec rounded = v * factor
+    cdef vec error = ((v_high * f_high - rounded) + v_high * f_low + v_low * f_high) + v_low * f_low
+    return rounded + (error + v * factor_low)
 
 
 cdef inline State identity() noexcept nogil:
@@ -202,11 +224,10 @@ cdef inline void add(State* state, double term) noexcept nogil:
 
 
 cdef struct Scale:
-    # The probability of a term e = exp(x - offset) * 2**-exponent is e / sum, and e * (reciprocal + reciprocal_low).
+    # The probability of a term e = exp(x - offset) * 2**-exponent is e * (factor + factor_low).
     double exponent
-    double sum
-    double reciprocal
-    double reciprocal_low
+    double factor
+    double factor_low
 
 
 cdef inline Scale normalize(State state, const vec* like) noexcept nogil:
@@ -218,17 +239,10 @@ cdef inline Scale normalize(State state, const vec* like) noexcept nogil:
     cdef Scale scale
     cdef double exponent = floor_log2(state.high) - by_type(64.0, 100.0, like)
     cdef double high = state.high * exact_power_of_two(-exponent), low = state.low * exact_power_of_two(-exponent)
+    cdef double total = high + low, rest = (high - total) + low
     scale.exponent = state.exponent + exponent
-    if vec is f32v:
-        scale.sum = high + low
-        scale.reciprocal = <float>(1.0 / scale.sum)
-        scale.reciprocal_low = 1.0 / scale.sum - scale.reciprocal
-    else:
-        scale.sum = high + low
-        scale.reciprocal = 1.0 / scale.sum
-        # The residual of the division and what `sum` itself lost; fma has it exact.
-        scale.reciprocal_low = scale.reciprocal * (
-            fma(-scale.reciprocal, scale.sum, 1.0) - scale.reciprocal * ((high - scale.sum) + low))
+    scale.factor = to_lane(1.0 / total, like)
+    scale.factor_low = scale.factor * (fma(-scale.factor, total, 1.0) - scale.factor * rest)
     return scale
 
 
@@ -237,12 +251,21 @@ cdef inline bint is_regular(State state) noexcept nogil:
     return 0.0 < state.high < INFINITY
 
 
-cdef inline double log_sum(State state) noexcept nogil:
-    """log(sum(exp(x - maximum))) of a state that holds its maximum apart; 0 where the maximum is infinite."""
-    cdef double p, k
+cdef inline double log_sum(State state, const vec* like) noexcept nogil:
+    """log(sum(exp(x - maximum))) of a state that holds its maximum apart; 0 where the maximum is infinite, so that it
+    alone decides."""
+    cdef Reference reference = make_reference(state.offset, state.exponent, like)
+    cdef vec maximum = splat(state.maximum, like), term, residual
+    cdef double top, top_low, rest, rest_low
     if state.high != state.high or state.maximum != state.maximum:
         return state.high + state.maximum
     if fabs(state.maximum) == INFINITY:
         return 0.0
-    p = exp_split(state.offset - state.maximum, &k)
-    return log1p(ldexp(p * (state.high + state.low), <int>(k + state.exponent)))
+    # The rest of the sum over the term of the maximum, which has the errors of the other terms and no more.
+    scaled_exp(
+        &maximum, &term, &residual, 1, splat(reference.offset, like), splat(reference.floor, like),
+        splat(reference.magic, like))
+    top, top_low = lane(term, 0), lane(residual, 0)
+    rest = state.high / top
+    rest_low = (fma(-rest, top, state.high) + (state.low - rest * top_low)) / top
+    return log1p(rest) + rest_low / (1.0 + rest)

@@ -148,9 +148,13 @@ cdef double column_maximum(const vec* x, Strip strip, int column) noexcept nogil
 
 
 cdef void fold_strip_chunk(
-    const vec* x, vec* terms, Strip strip, Py_ssize_t terms_stride, bint keep, bint apart, State* states
+    const vec* x, vec* terms, Strip strip, Py_ssize_t terms_stride, bint keep, bint apart,
+    const State* earlier, State* states
 ) noexcept nogil:
-    """The states of the columns over one chunk of rows; with `keep`, their terms too."""
+    """The states of the columns over one chunk of rows; with `keep`, their terms too.
+
+    `earlier` are the states of the columns over the rows before, NULL for the first chunk.
+    """
     cdef vec[MAX_REGISTERS] guesses, offsets, floors, magics, limits
     cdef vec[MAX_COLUMNS] highs, lows, tops
     cdef Reference reference
@@ -161,7 +165,8 @@ cdef void fold_strip_chunk(
     while True:
         for column in range(n_registers * width):
             guess = get(<const vec*>guesses, column) if column < strip.n_columns else 0.0
-            reference = reference_below(0.0 if fabs(guess) == INFINITY else guess, x)
+            reference = reference_below(
+                0.0 if fabs(guess) == INFINITY else guess, earlier[column].offset if earlier != NULL and column < strip.n_columns else 0.0, x)
             put(offsets, column, reference.offset)
             put(floors, column, reference.floor)
             put(magics, column, reference.magic)
@@ -189,7 +194,8 @@ cdef void fold_strip_chunk(
         if fabs(states[column].maximum) == INFINITY:
             states[column] = infinite_state(states[column].maximum, column_has_nan(x, strip, column), apart)
         else:
-            reference = reference_below(get(<const vec*>guesses, column), x)
+            reference = reference_below(
+                get(<const vec*>guesses, column), earlier[column].offset if earlier != NULL else 0.0, x)
             states[column].offset, states[column].exponent = reference.offset, reference.exponent
             states[column].high, states[column].low = get(<const vec*>highs, column), get(<const vec*>lows, column)
 
@@ -275,7 +281,8 @@ cdef void softmax_strip(
     while first < strip.n_rows:
         fold_strip_chunk(
             below(x, first, strip.x_stride), <vec*>below(<const vec*>terms, first, terms_stride),
-            rows_of(strip, min(length, strip.n_rows - first)), terms_stride, exponentials != RECOMPUTE, False, chunk)
+            rows_of(strip, min(length, strip.n_rows - first)), terms_stride, exponentials != RECOMPUTE, False,
+            totals if first else <State*>NULL, chunk)
         for column in range(strip.n_columns):
             totals[column] = merge(totals[column], chunk[column], False) if first else chunk[column]
         first += length
@@ -286,20 +293,20 @@ cdef void softmax_strip(
         else:
             totals[column] = identity()
             scales[column].exponent = 0.0
-            scales[column].sum = scales[column].reciprocal = scales[column].reciprocal_low = infinity - infinity
+            scales[column].factor = scales[column].factor_low = infinity - infinity
         reference = make_reference(totals[column].offset, scales[column].exponent, x)
         put(offsets, column, reference.offset)
         put(floors, column, reference.floor)
         put(magics, column, reference.magic)
-        put(a, column, scales[column].reciprocal if HAS_FMA else scales[column].sum)
-        put(b, column, scales[column].reciprocal_low)
+        put(a, column, scales[column].factor)
+        put(b, column, scales[column].factor_low)
     chunk = states
     first = 0
     while first < strip.n_rows:
         for v in range((strip.n_columns + width - 1) // width):
             finishes[v] = EXP_SCALE if exponentials == RECOMPUTE else SCALE
         for column in range(strip.n_columns):
-            if chunk[column].offset != totals[column].offset:
+            if not terms_scale_to(chunk[column], totals[column].offset, scales[column].exponent, x):
                 finishes[column // width] = EXP_SCALE
             put(c, column, exact_power_of_two(chunk[column].exponent - scales[column].exponent))
         write_strip_chunk(
@@ -319,7 +326,7 @@ cdef void fold_strip(const vec* x, Strip strip, State* totals) noexcept nogil:
     while first < strip.n_rows:
         fold_strip_chunk(
             below(x, first, strip.x_stride), <vec*>NULL, rows_of(strip, min(length, strip.n_rows - first)), 0, False, True,
-            chunk)
+            totals if first else <State*>NULL, chunk)
         for column in range(strip.n_columns):
             totals[column] = merge(totals[column], chunk[column], True) if first else chunk[column]
         first += length
@@ -334,7 +341,7 @@ cdef void log_softmax_strip(const vec* x, vec* y, Strip strip, bint streaming) n
     for column in range(strip.n_columns):
         finishes[column // lanes(x)] = SUBTRACT
         put(a, column, totals[column].maximum)
-        put(b, column, log_sum(totals[column]))
+        put(b, column, log_sum(totals[column], x))
     write_strip_chunk(
         finishes, x, strip.x_stride, x, y, strip, <const vec*>a, <const vec*>a, <const vec*>a, <const vec*>a,
         <const vec*>b, <const vec*>b, streaming)
@@ -346,4 +353,4 @@ cdef void logsumexp_strip(const vec* x, vec* y, Strip strip) noexcept nogil:
     fold_strip(x, strip, totals)
     for column in range(strip.n_columns):
         put(<vec*>below(<const vec*>y, column, strip.result_stride), 0,
-            totals[column].maximum + log_sum(totals[column]))
+            totals[column].maximum + log_sum(totals[column], x))
