@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastsoftmax._dispatch import Function, execute, select
+from fastsoftmax._dispatch import Function, execute, forced_backend, record, select
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 
 _FLOAT32 = np.dtype(np.float32)
@@ -206,8 +206,9 @@ def logsumexp(
     module = select(working, terms.size, backend)
     kept_shape = tuple(1 if i in axes else size for i, size in enumerate(terms.shape))
     shape = kept_shape if keepdims else tuple(size for i, size in enumerate(terms.shape) if i not in axes)
+    log_dtype = np.empty(0, result).real.dtype if return_sign else result
     if out is not None:
-        _check_out(out, shape, result)
+        _check_out(out, shape, log_dtype)
     direct = out is not None and _is_writable_as(out, working) and not np.may_share_memory(out, terms)
     target = out if out is not None and direct else np.empty(shape, working)
     if terms.size == 0:
@@ -216,9 +217,9 @@ def logsumexp(
         data = readable(terms, working)
         rows = target if keepdims else np.expand_dims(target, axes) if terms.ndim else target
         execute(module, "logsumexp", make_layout(data, axes, rows), data, rows)
-    sign = _sign_of_positive_sum(target).astype(result, copy=False)[()] if return_sign else None
-    total = _deliver(target, out, result)
-    return (total, sign) if return_sign else total
+    if not return_sign:
+        return _deliver(target, out, result)
+    return _deliver(target.real, out, log_dtype), _deliver(_sign_of_positive_sum(target), None, result)
 
 
 def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, backend: str | None) -> Any:
@@ -243,24 +244,27 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
 def _logsumexp_weighted(
     a: Array, b: Array, axis: Any, keepdims: bool, return_sign: bool, out: Array | None, backend: str | None
 ) -> Any:
+    """Compute logsumexp with factors, which the numpy backend alone does."""
     from fastsoftmax.backends import numpy_generic
 
-    if backend not in (None, "numpy"):
-        select(_FLOAT64, 0, backend)
-        raise TypeError(f"backend {backend!r} does not compute logsumexp with b; this one does: 'numpy'")
+    forced = forced_backend(backend)
+    if forced is not None and forced.name != "numpy":
+        raise TypeError(f"backend {forced.name!r} does not compute logsumexp with b; this one does: 'numpy'")
     try:
         a, b = np.broadcast_arrays(a, b)
     except ValueError:
         raise ValueError(f"b of shape {b.shape} does not broadcast with a of shape {a.shape}") from None
     axes = normalize_axes(axis, a.ndim)
     working, result = _dtypes(np.result_type(_dtypes(a.dtype, "logsumexp")[1], b.dtype), "logsumexp")
-    total, sign = numpy_generic.logsumexp_weighted(a.astype(working), b.astype(working), axes, return_sign)
+    log_sum, sign = numpy_generic.logsumexp_weighted(a.astype(working), b.astype(working), axes, return_sign)
+    record(numpy_generic.PLAN_WEIGHTED)
     if not keepdims:
-        total, sign = np.squeeze(total, axes), np.squeeze(sign, axes)
+        log_sum, sign = np.squeeze(log_sum, axes), np.squeeze(sign, axes)
+    log_dtype = np.empty(0, result).real.dtype if return_sign else result
     if out is not None:
-        _check_out(out, total.shape, result)
-    total = _deliver(total, out, result)
-    return (total, sign.astype(result, copy=False)[()]) if return_sign else total
+        _check_out(out, log_sum.shape, log_dtype)
+    log_sum = _deliver(log_sum, out, log_dtype)
+    return (log_sum, _deliver(sign, None, result)) if return_sign else log_sum
 
 
 def _sign_of_positive_sum(log_sum: Array) -> Array:
@@ -304,7 +308,7 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
         raise ValueError(f"out must have shape {shape}, not {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True)):
+    if out.size and any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True)):
         raise ValueError("out is a broadcast view: several of its elements share one place in memory")
 
 
@@ -319,8 +323,10 @@ def _is_same_view(x: Array, out: Array) -> bool:
 
 def _deliver(target: Array, out: Array | None, dtype: np.dtype[Any]) -> Any:
     """Return the result in ``out`` or in ``dtype``; a scalar for 0 dimensions."""
-    if out is None:
-        return target.astype(dtype, copy=False)[()]
-    if target is not out:
-        np.copyto(out, target, casting="unsafe")
+    with np.errstate(all="ignore"):  # a float16 that overflows to -inf is the right log-probability
+        if out is None:
+            result = target.astype(dtype, copy=False)
+            return result if result.ndim else result[()]
+        if target is not out:
+            np.copyto(out, target, casting="unsafe")
     return out

@@ -123,7 +123,8 @@ def _named(name: object, source: str) -> Backend:
     return _by_name[name]
 
 
-def _forced(argument: str | None) -> Backend | None:
+def forced_backend(argument: str | None) -> Backend | None:
+    """Return the backend that the argument, the context or the environment asks for; None where the choice is free."""
     if argument is not None:
         return _named(argument, "backend")
     if (choice := _context_choice.get()) is not None:
@@ -145,7 +146,7 @@ def select(dtype: np.dtype[Any], size: int, argument: str | None = None) -> Back
     TypeError
         If the forced backend does not compute in ``dtype``.
     """
-    forced = _forced(argument)
+    forced = forced_backend(argument)
     if forced is None:
         for backend in BACKENDS:
             if size >= backend.min_size and backend.computes(dtype):
@@ -226,5 +227,10 @@ def execute(
     """Plan one call, run it, and tell the recorder."""
     plan = module.plan(function, layout, in_place)
     module.run(plan, layout, x, out)
+    record(plan)
+
+
+def record(plan: Plan) -> None:
+    """Tell the recorder, if there is one, what served a call."""
     if (plans := _recorder.get()) is not None:
         plans.append(plan)

@@ -157,12 +157,14 @@ cdef inline vec product(vec v, vec factor, vec factor_low) noexcept nogil:
     """v * (factor + factor_low), rounded once: the product of a row's only term and the reciprocal of its sum is 1."""
     if HAS_FMA:
         return fused(v, factor, v * factor_low)
-    cdef vec splitter = splat(by_type(4097.0, 134217729.0, &v), &v)  # Dekker: halves of v and factor multiply exactly
+    # Dekker: halves of v and factor multiply exactly. The detour by 2**64 keeps their products from underflowing where
+    # the result is near the smallest normal number.
+    cdef vec splitter = splat(by_type(4097.0, 134217729.0, &v), &v), raised = factor * splat(2.0**64, &v)
     cdef vec v_high = v * splitter - (v * splitter - v), v_low = v - v_high
-    cdef vec f_high = factor * splitter - (factor * splitter - factor), f_low = factor - f_high
-    cdef vec rounded = v * factor
+    cdef vec f_high = raised * splitter - (raised * splitter - raised), f_low = raised - f_high
+    cdef vec rounded = v * raised
     cdef vec error = ((v_high * f_high - rounded) + v_high * f_low + v_low * f_high) + v_low * f_low
-    return rounded + (error + v * factor_low)
+    return (rounded + (error + v * (factor_low * splat(2.0**64, &v)))) * splat(2.0**-64, &v)
 
 
 cdef inline State identity() noexcept nogil:
@@ -205,11 +207,11 @@ cdef State merge(State a, State b, bint apart) noexcept nogil:
     loser = min(a.maximum, b.maximum)
     a.maximum = max(a.maximum, b.maximum)
     exponent = b.exponent if a.high == 0 else a.exponent if b.high == 0 else max(a.exponent, b.exponent)
-    p = exact_power_of_two(a.exponent - exponent)
-    a.high, a.low, a.exponent = a.high * p, a.low * p, exponent
-    p = exact_power_of_two(b.exponent - exponent)
-    a.low += b.low * p
-    add(&a, b.high * p)
+    k = max(a.exponent - exponent, -5000.0)
+    a.high, a.low, a.exponent = ldexp(a.high, <int>k), ldexp(a.low, <int>k), exponent
+    k = max(b.exponent - exponent, -5000.0)
+    a.low += ldexp(b.low, <int>k)
+    add(&a, ldexp(b.high, <int>k))
     if apart and fabs(loser) != INFINITY and a.maximum != INFINITY:
         p = exp_split(loser - a.offset, &k)
         add(&a, ldexp(p, <int>(k - exponent)))
@@ -237,6 +239,7 @@ cdef inline Scale normalize(State state, const vec* like) noexcept nogil:
     from a normal term and is rounded once.
     """
     cdef Scale scale
+    settle_dominated(&state, like)
     cdef double exponent = floor_log2(state.high) - by_type(64.0, 100.0, like)
     cdef double high = state.high * exact_power_of_two(-exponent), low = state.low * exact_power_of_two(-exponent)
     cdef double total = high + low, rest = (high - total) + low
@@ -244,6 +247,33 @@ cdef inline Scale normalize(State state, const vec* like) noexcept nogil:
     scale.factor = to_lane(1.0 / total, like)
     scale.factor_low = scale.factor * (fma(-scale.factor, total, 1.0) - scale.factor * rest)
     return scale
+
+
+cdef inline void settle_dominated(State* state, const vec* like) noexcept nogil:
+    """Make the probability of an element that is all of its row's sum exactly 1.
+
+    Its term is rounded and the sum is not, so their quotient may be a neighbour of 1. Where the other elements are less
+    than a quarter of an ULP together, the sum is brought within a quarter of an ULP of the term.
+    """
+    cdef double top, top_low, bound, others
+    if state.high >= 1.5 * exact_power_of_two(rint((state.maximum - state.offset) * LOG2_E) - state.exponent):
+        return  # the largest term is below sqrt(2) times this power of two: there are others
+    top = term_of(state.maximum, state[0], like, &top_low)
+    bound = 0.9 * top * by_type(2.0**-25, 2.0**-54, like)
+    others = (state.high - top) + (state.low - top_low)
+    if others <= bound:
+        state.high, state.low = top, max(-bound, min(bound, top_low + others))
+
+
+cdef inline double term_of(double x, State state, const vec* like, double* residual) noexcept nogil:
+    """The term of one element, relative to the state's exponent, and what rounding took from it."""
+    cdef Reference reference = make_reference(state.offset, state.exponent, like)
+    cdef vec logit = splat(x, like), term, rounded_off
+    scaled_exp(
+        &logit, &term, &rounded_off, 1, splat(reference.offset, like), splat(reference.floor, like),
+        splat(reference.magic, like))
+    residual[0] = lane(rounded_off, 0)
+    return lane(term, 0)
 
 
 cdef inline bint is_regular(State state) noexcept nogil:
@@ -254,18 +284,13 @@ cdef inline bint is_regular(State state) noexcept nogil:
 cdef inline double log_sum(State state, const vec* like) noexcept nogil:
     """log(sum(exp(x - maximum))) of a state that holds its maximum apart; 0 where the maximum is infinite, so that it
     alone decides."""
-    cdef Reference reference = make_reference(state.offset, state.exponent, like)
-    cdef vec maximum = splat(state.maximum, like), term, residual
     cdef double top, top_low, rest, rest_low
     if state.high != state.high or state.maximum != state.maximum:
         return state.high + state.maximum
     if fabs(state.maximum) == INFINITY:
         return 0.0
     # The rest of the sum over the term of the maximum, which has the errors of the other terms and no more.
-    scaled_exp(
-        &maximum, &term, &residual, 1, splat(reference.offset, like), splat(reference.floor, like),
-        splat(reference.magic, like))
-    top, top_low = lane(term, 0), lane(residual, 0)
+    top = term_of(state.maximum, state, like, &top_low)
     rest = state.high / top
     rest_low = (fma(-rest, top, state.high) + (state.low - rest * top_low)) / top
     return log1p(rest) + rest_low / (1.0 + rest)

@@ -19,6 +19,7 @@ from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Schedule
 
 _SCHEDULE = Schedule("array", "none")
+PLAN_WEIGHTED = Plan("logsumexp", "numpy", None, _SCHEDULE)
 
 
 def plan(function: Function, layout: Layout, in_place: bool) -> Plan:

@@ -1,0 +1,109 @@
+"""Fixtures that run each test on every backend, every instruction-set tier, every function and both kernel dtypes."""
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import fastsoftmax
+from fastsoftmax import _dispatch
+
+# The same examples on every machine, so that a failure anywhere is a failure everywhere. The `backend` fixture may hold
+# its context over all examples of a test.
+settings.register_profile(
+    "reproducible",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("reproducible")
+
+# Names, not modules: collecting the tests loads no backend.
+FORCED_BACKENDS = ("numpy", "numba", "cython-portable", "cython-x86_64_v2", "cython-x86_64_v3", "cython-x86_64_v4")
+
+
+@dataclass(frozen=True)
+class ForcedBackend:
+    """The backend that serves every call of a test, its tier (None where it has none), and its error bound in ULP.
+
+    The kernels are held to 2 ULP. The NumPy backend is held to 10: `numpy.sum` adds up to 16 float64 terms one after
+    the other before it pairs, which costs softmax most of the 7.6 ULP measured over rows of 3 to 5000.
+    """
+
+    name: str
+    tier: str | None
+
+    @property
+    def has_kernels(self):
+        return self.name != "numpy"
+
+    @property
+    def max_ulps(self):
+        return 2 if self.has_kernels else 10
+
+
+@pytest.fixture(params=FORCED_BACKENDS)
+def backend(request):
+    """Force one backend and tier for the duration of a test; skip what the machine or the build lacks."""
+    name, _, tier = request.param.partition("-")
+    record = next(record for record in _dispatch.BACKENDS if record.name == name)
+    if reason := _dispatch.unavailable_reason(record):
+        pytest.skip(f"backend {name!r}: {reason}")
+    with ExitStack() as stack:
+        if tier:
+            from fastsoftmax.backends import compiled
+
+            if tier not in compiled.tiers():
+                pytest.skip(f"this machine or this build lacks the tier {tier!r}; it has {compiled.tiers()}")
+            stack.enter_context(compiled.use_tier(tier))
+        stack.enter_context(fastsoftmax.use_backend(name))
+        yield ForcedBackend(name, tier or None)
+
+
+@pytest.fixture(params=["softmax", "log_softmax", "logsumexp"])
+def function(request):
+    """The name of one of the three functions."""
+    return request.param
+
+
+@pytest.fixture(params=["softmax", "log_softmax"])
+def map_function(request):
+    """One of the two functions whose output has the shape of their input."""
+    return getattr(fastsoftmax, request.param)
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    """A dtype that the kernels compute in."""
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20180508)
+
+
+@pytest.fixture
+def python():
+    """Run code in a process of its own; return what it printed, or the last line of its error."""
+
+    def run(code, **environment):
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("FASTSOFTMAX")}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env=inherited | environment,
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=120,
+        )
+        return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+    return run

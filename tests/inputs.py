@@ -1,0 +1,108 @@
+"""Input data: values that are hard in different ways, and the same values in different places in memory."""
+
+import numpy as np
+
+
+def _prefix(values, length, value):
+    values[:length] = value
+    return values
+
+
+def _one(values, value):
+    values[values.size // 2] = value
+    return values
+
+
+def _subnormal_results(rng, n, dtype):
+    """A zero and values whose exponentials are around the smallest normal number and below it."""
+    smallest = np.log(np.finfo(dtype).tiny)
+    return _one(rng.uniform(smallest - 20, smallest + 5, n), 0)
+
+
+# Each takes a random generator, a number of elements and a dtype, and returns that many values.
+VALUES = {
+    "normal": lambda rng, n, dtype: rng.normal(size=n),
+    "wide": lambda rng, n, dtype: rng.uniform(-700, 700, n),
+    "constant": lambda rng, n, dtype: np.full(n, 0.3),
+    "ascending": lambda rng, n, dtype: np.sort(rng.normal(size=n) * 10),
+    "descending": lambda rng, n, dtype: -np.sort(rng.normal(size=n) * 10),
+    "ties": lambda rng, n, dtype: rng.integers(0, 3, n).astype(float),
+    "offset": lambda rng, n, dtype: rng.normal(size=n) * 40 + (1e8 if dtype == np.float32 else 1e300),
+    "negative offset": lambda rng, n, dtype: rng.normal(size=n) * 5 - 1500,
+    "log-probabilities": lambda rng, n, dtype: rng.normal(size=n) - np.log(max(n, 1)) - 0.5,
+    "outlier": lambda rng, n, dtype: _one(rng.normal(size=n), 300.0),
+    "masked by -inf": lambda rng, n, dtype: np.where(rng.random(n) < 0.4, -np.inf, rng.normal(size=n)),
+    "-inf first": lambda rng, n, dtype: _prefix(rng.normal(size=n), n // 2, -np.inf),
+    "-1e9 first": lambda rng, n, dtype: _prefix(rng.normal(size=n), n // 2, -1e9),
+    "lowest first": lambda rng, n, dtype: _prefix(rng.normal(size=n), n // 2, -3.4e38),
+    "extremes": lambda rng, n, dtype: rng.choice([-1.0, 1.0], n) * float(np.finfo(dtype).max),
+    "subnormal": lambda rng, n, dtype: rng.normal(size=n) * float(np.finfo(dtype).smallest_subnormal) * 100,
+    "subnormal results": _subnormal_results,
+}
+NON_FINITE_VALUES = {
+    "one nan": lambda rng, n, dtype: _one(rng.normal(size=n), np.nan),
+    "one +inf": lambda rng, n, dtype: _one(rng.normal(size=n), np.inf),
+    "all -inf": lambda rng, n, dtype: np.full(n, -np.inf),
+    "anything": lambda rng, n, dtype: rng.choice(
+        [np.nan, np.inf, -np.inf, 0.0, 1e30, -1e30], n, p=[0.02, 0.02, *[0.24] * 4]
+    ),
+}
+ALL_VALUES = VALUES | NON_FINITE_VALUES
+
+
+def values(kind, shape, dtype, seed=0):
+    """Return an array of one of the kinds in `ALL_VALUES`; what a kind does along a row, it does in C order."""
+    data = ALL_VALUES[kind](np.random.default_rng(seed), int(np.prod(shape)), dtype)
+    return data.astype(dtype).reshape(shape)
+
+
+def _stepped(x):
+    room = np.empty([2 * size for size in x.shape], x.dtype)
+    view = room[tuple(slice(1, None, 2) for _ in x.shape)]
+    view[...] = x
+    return view
+
+
+def _permuted(x):
+    return np.moveaxis(np.moveaxis(x, 0, -1).copy(), -1, 0)
+
+
+def _gapped(x):
+    room = np.empty((*x.shape[:-1], x.shape[-1] + 3), x.dtype)
+    room[..., 1:-2] = x
+    return room[..., 1:-2]
+
+
+def _unaligned(x):
+    room = np.zeros(x.nbytes + 1, np.uint8)
+    view = np.frombuffer(room, x.dtype, x.size, offset=1).reshape(x.shape)
+    view[...] = x
+    return view
+
+
+# Each returns an array of the same shape and values, in memory of its own that can be written to.
+WRITABLE_LAYOUTS = {
+    "C": lambda x: x.copy(),
+    "Fortran": lambda x: x.copy("F"),
+    "permuted": _permuted,
+    "stepped": _stepped,
+    "gapped rows": _gapped,
+    "reversed": lambda x: np.flip(np.flip(x).copy()),
+    "reversed steps": lambda x: np.flip(_stepped(np.flip(x))),
+    "byte-swapped": lambda x: x.astype(x.dtype.newbyteorder()),
+    "unaligned": _unaligned,
+}
+
+
+def _read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+# These keep the shape; a broadcast one repeats the values of its first row or column.
+LAYOUTS = WRITABLE_LAYOUTS | {
+    "broadcast outer": lambda x: np.broadcast_to(x[:1], x.shape),
+    "broadcast inner": lambda x: np.broadcast_to(x[..., :1], x.shape),
+    "read-only": _read_only,
+}
