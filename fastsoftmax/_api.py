@@ -231,8 +231,9 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
     if out is not None:
         _check_out(out, logits.shape, result)
     data = readable(logits, working)
-    in_place = out is not None and _is_same_view(data, out)
-    if out is not None and _is_writable_as(out, working) and (in_place or not np.may_share_memory(data, out)):
+    shared = out is not None and np.may_share_memory(data, out)
+    in_place = out is not None and shared and _is_same_view(data, out)
+    if out is not None and _is_writable_as(out, working) and (in_place or not shared):
         target = out
     else:
         target, in_place = np.empty_like(logits, dtype=working), False
@@ -268,11 +269,8 @@ def _logsumexp_weighted(
 
 
 def _sign_of_positive_sum(log_sum: Array) -> Array:
-    """Return the sign of a sum of exponentials from its logarithm: 0 for an empty one, else 1 (or its phase, or NaN)."""
-    if np.iscomplexobj(log_sum):
-        phase = np.exp(1j * log_sum.imag)
-    else:
-        phase = np.where(np.isnan(log_sum), log_sum, 1.0)
+    """Return the sign of a sum of exponentials from its logarithm: 0 if it is empty, else 1 (or its phase, or NaN)."""
+    phase = np.exp(1j * log_sum.imag) if np.iscomplexobj(log_sum) else np.where(np.isnan(log_sum), log_sum, 1.0)
     return np.where(log_sum.real == -np.inf, 0.0, phase)
 
 
@@ -290,7 +288,7 @@ def _dtypes(dtype: np.dtype[Any], function: Function) -> tuple[np.dtype[Any], np
     """Return the dtype to compute in and the dtype of the result."""
     if dtype.kind in "iub":
         # SciPy's result, but computed in float64: in the integers' own arithmetic x - max(x) wraps around.
-        narrow = {1: np.dtype(np.float16), 2: _FLOAT32}
+        narrow: dict[int, np.dtype[Any]] = {1: np.dtype(np.float16), 2: _FLOAT32}
         return _FLOAT64, _FLOAT64 if function == "logsumexp" else narrow.get(dtype.itemsize, _FLOAT64)
     native = dtype.newbyteorder("=") if not dtype.isnative else dtype
     return (_FLOAT32, native) if dtype.itemsize == 2 else (native, native)
@@ -323,10 +321,13 @@ def _is_same_view(x: Array, out: Array) -> bool:
 
 def _deliver(target: Array, out: Array | None, dtype: np.dtype[Any]) -> Any:
     """Return the result in ``out`` or in ``dtype``; a scalar for 0 dimensions."""
+    if out is None and target.dtype == dtype:
+        return target if target.ndim else target[()]
+    if target is out:
+        return out
     with np.errstate(all="ignore"):  # a float16 that overflows to -inf is the right log-probability
         if out is None:
-            result = target.astype(dtype, copy=False)
-            return result if result.ndim else result[()]
-        if target is not out:
-            np.copyto(out, target, casting="unsafe")
+            converted = target.astype(dtype)
+            return converted if converted.ndim else converted[()]
+        np.copyto(out, target, casting="unsafe")
     return out

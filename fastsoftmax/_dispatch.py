@@ -57,22 +57,22 @@ class Backend:
         The name users force it by.
     module : str
         The module that implements it, imported at first use.
-    dtypes : frozenset of str, or None
-        Names of the dtypes it computes in; None for every inexact dtype.
+    dtypes : frozenset of dtype, or None
+        The dtypes it computes in; None for every inexact dtype.
     min_size : int
         Elements from which the automatic choice considers it.
     """
 
     name: str
     module: str
-    dtypes: frozenset[str] | None
+    dtypes: frozenset[np.dtype[Any]] | None
     min_size: int = 0
 
     def computes(self, dtype: np.dtype[Any]) -> bool:
-        return self.dtypes is None or dtype.name in self.dtypes
+        return self.dtypes is None or dtype in self.dtypes
 
 
-_KERNEL_DTYPES = frozenset({"float32", "float64"})
+_KERNEL_DTYPES: frozenset[np.dtype[Any]] = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 
 # In order of preference. Numba is passed over for small arrays: loading it and its kernels costs about a second, which
 # only data that NumPy needs long for can repay.

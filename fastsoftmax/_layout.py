@@ -9,9 +9,8 @@ copies the package ever makes of an input are made here, for data that no kernel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Dimension:
+class Dimension(NamedTuple):
     """One dimension of a layout: its size and its byte strides in the input and in the output."""
 
     size: int
@@ -32,8 +30,7 @@ class Dimension:
         return self.x_stride == inner.size * inner.x_stride and self.y_stride == inner.size * inner.y_stride
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """The rows of an input and of its output.
 
     Parameters
@@ -92,6 +89,8 @@ def normalize_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """
     if axis is None:
         return tuple(range(ndim))
+    if type(axis) is int and -ndim <= axis < ndim:
+        return (axis % ndim,)
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     normalized = []
     for one in axes:
@@ -116,6 +115,11 @@ def make_layout(x: Array, axes: Sequence[int], out: Array) -> Layout:
 
     ``out`` has the shape of ``x``, or that shape with every reduced axis of length 1.
     """
+    if axes == (x.ndim - 1,) and x.flags.c_contiguous and out.flags.c_contiguous and out.shape == x.shape:
+        # What the general way finds, in a third of its time: most calls are this one.
+        n_cols, row_bytes = x.shape[-1], x.shape[-1] * x.itemsize
+        row = Dimension(n_cols, x.itemsize, x.itemsize)
+        return Layout((Dimension(x.size // n_cols, row_bytes, row_bytes),), (row,), x.itemsize)
     kept, reduced = [], []
     for axis, (size, x_stride, y_stride) in enumerate(zip(x.shape, x.strides, out.strides, strict=True)):
         if axis not in axes:

@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from fastsoftmax._layout import Layout
-
 Traversal = Literal["rows", "strips", "gather", "array"]
 Exponentials = Literal["output", "scratch", "recompute", "none"]
 

@@ -1,4 +1,4 @@
-"""``python -m fastsoftmax info`` and ``bench``, run as a user runs them, and how the benchmark judges its contenders."""
+"""``python -m fastsoftmax info`` and ``bench``, as a user runs them, and how the benchmark judges its contenders."""
 
 import json
 import os

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Exponentials, Schedule, Traversal
 
-# Best first. `portable` is compiled for every processor of the architecture; elsewhere than on x86-64 it is the only one.
+# Best first. `portable` is compiled for every processor of the architecture; away from x86-64 it is the only one.
 TIERS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "portable")
 
 # The numbers by which the kernels know their choices: the enumerations in src_cython.
@@ -91,13 +91,22 @@ def kernel_addresses() -> dict[tuple[str, str], int]:
 
 
 def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
-    return Plan(function, "cython", _tier, make_schedule(function, layout, in_place))
+    serial = _serial_plan(function, layout, in_place, _tier)
+    return serial or Plan(function, "cython", _tier, make_schedule(function, layout, in_place, _schedule.max_threads()))
 
 
-def make_schedule(function: Function, layout: Layout, in_place: bool) -> Schedule:
+@lru_cache(maxsize=1024)
+def _serial_plan(function: Function, layout: Layout, in_place: bool, tier: str) -> Plan | None:
+    """Return the plan of a call too small for threads; remembered, for making it takes longer than a short row."""
+    if layout.size >= 2 * _schedule.MIN_ELEMENTS_PER_THREAD:
+        return None
+    return Plan(function, "cython", tier, make_schedule(function, layout, in_place, 1))
+
+
+def make_schedule(function: Function, layout: Layout, in_place: bool, max_threads: int) -> Schedule:
     """Choose the traversal from the strides, and from the sizes where the exponentials wait for their sum."""
     n_bytes = layout.size * layout.itemsize
-    n_threads = min(layout.size // _schedule.MIN_ELEMENTS_PER_THREAD, _schedule.max_threads()) if n_bytes > 2**19 else 1
+    n_threads = max(1, min(layout.size // _schedule.MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
     caches = _schedule.cache_sizes()
     # Input and output together leave the last cache: what is written will not be read from there.
@@ -121,7 +130,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool) -> Schedul
             # The terms of one row or strip, and the row itself, stay in the private cache until they are scaled.
             exponentials = "scratch" if 2 * unit_bytes <= caches.private else "recompute"
     n_blocks = min(n_blocks, n_units)
-    return Schedule(traversal, exponentials, streaming, min(max(n_threads, 1), n_blocks), n_blocks)
+    return Schedule(traversal, exponentials, streaming, min(n_threads, n_blocks), n_blocks)
 
 
 def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:

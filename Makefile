@@ -1,0 +1,60 @@
+# Everything runs in .venv, which the first target that needs it builds: Debian's Python refuses a bare pip, and nothing
+# here should touch the system's packages.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# meson-python finds meson and ninja on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help bench bench-peers test lint asv wheel clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+bench: $(READY) ## Time fastsoftmax against its peers: build/bench.json, build/bench.svg
+	$(BIN)/python -m fastsoftmax bench --json build/bench.json --plot build/bench.svg
+
+PEERS := onnxruntime torch
+bench-peers: $(READY) ## The same with further peers installed: PEERS="onnxruntime torch"
+	$(BIN)/python -m pip install --quiet $(PEERS)
+	$(MAKE) bench
+
+test: lint ## Lint, then run every test and doctest; a warning is an error
+	find fastsoftmax -name '*.nb[ci]' -delete  # Numba's cache does not notice edits in other files
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Check style, types and spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/typos
+
+asv: $(READY) ## Run the asv benchmarks and publish them to .asv/html
+	$(BIN)/asv --config asv.json machine --yes
+	$(BIN)/asv --config asv.json run --set-commit-hash="$$(git rev-parse HEAD)" $(ASV_FLAGS)
+	$(BIN)/asv --config asv.json publish
+
+wheel: $(READY) ## Build a source archive, and a wheel from it, in dist/
+	$(BIN)/python -m build
+
+clean: ## Remove the venv and everything built or cached
+	rm -rf .venv .asv .hypothesis .benchmarks .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What a fresh machine may lack, and the line that mends it.
+missing = { echo "fastsoftmax needs $(1). On Debian or Ubuntu: apt-get install $(APT_PACKAGES)" >&2; exit 1; }
+APT_PACKAGES := python3-venv python3-dev gcc
+
+$(READY): pyproject.toml meson.build
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || $(call missing,Python 3.10 or newer)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call missing,Python with its venv module)
+	@$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+		|| $(call missing,Python.h)
+	@command -v $(firstword $(CC)) >/dev/null || $(call missing,a C compiler)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet meson-python cython numpy ninja
+	CYTHON=$(CURDIR)/$(BIN)/cython \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,bench,dev]'
+	@touch $@
