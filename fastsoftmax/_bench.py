@@ -596,9 +596,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     n_rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
 
     machine, versions = _info.machine(), _info.versions()
-    print(
-        f"fastsoftmax {versions['fastsoftmax']}, {machine['cpu']}, {n_threads} of {machine['usable_cores']} cores"
-    )
+    print(f"fastsoftmax {versions['fastsoftmax']}, {machine['cpu']}, {n_threads} of {machine['usable_cores']} cores")
     load = machine["load_average"]
     if load is not None and load > BUSY_LOAD:
         print(f"load average {load:.1f}: other processes are using this machine, and the figures suffer from it")

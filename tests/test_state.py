@@ -1,5 +1,6 @@
 """The laws of the state, for the plain functions and for what Numba compiles from them."""
 
+import importlib
 import math
 
 import mpmath
@@ -28,8 +29,7 @@ class Compiled:
 
     def __init__(self):
         numba = pytest.importorskip("numba")
-        import fastsoftmax.backends.numba_cpu  # noqa: F401  (lets the functions call each other)
-
+        importlib.import_module("fastsoftmax.backends.numba_cpu")  # lets the functions call each other
         for name in FUNCTIONS:
             setattr(self, name, numba.njit(getattr(_state, name)))
 
