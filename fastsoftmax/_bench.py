@@ -54,9 +54,9 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 # With one more busy process a two-thread torch.softmax of 64x1000 took 8 ms instead of 22 us.
 BUSY_LOAD = 0.5
 
-DESCRIPTION = """Time every backend of fastsoftmax beside NumPy, scipy.special, torch and onnxruntime, as far as they are
-installed, and beside a copy of the same bytes. Columns are medians in microseconds; the last ones compare the backend
-that serves a plain call with the fastest peer (higher is better) and with the fastest copy (lower is better)."""
+DESCRIPTION = """Time every backend of fastsoftmax beside NumPy, scipy.special, torch and onnxruntime, as far as they
+are installed, and beside a copy of the same bytes. Columns are medians in microseconds; the last ones compare the
+backend that serves a plain call with the fastest peer (higher is better) and the fastest copy (lower is better)."""
 
 
 @dataclass(frozen=True, slots=True)
