@@ -83,7 +83,7 @@ cdef void softmax_gathered(const vec* x, vec* y, const Dimensions* row, Py_ssize
     cdef vec* result = <vec*>(<char*>scratch + length * itemsize(x))
     cdef State total = fold_gathered(x, row, n, False, scratch)
     cdef bint regular = is_regular(total)
-    cdef Scale scale = normalize(total, x)
+    cdef Scale scale = scale_of(total, x)
     while first < n:
         size = min(length, n - first)
         if not regular:
@@ -104,7 +104,7 @@ cdef void log_softmax_gathered(const vec* x, vec* y, const Dimensions* row, Py_s
         if n > length:
             gather(x, row, first, size, scratch)
         write_chunk(
-            SUBTRACT, <const vec*>scratch, scratch, size, make_reference(0.0, 0.0, x), total.maximum, log_sum(total, x), 0.0,
+            SUBTRACT, <const vec*>scratch, scratch, size, <const vec*>NULL, total.maximum, log_sum(total, x), 0.0,
             False)
         scatter(<const vec*>scratch, y, row, first, size)
         first += size

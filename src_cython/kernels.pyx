@@ -4,6 +4,7 @@ This one source is built once for each instruction-set tier.
 """
 
 cimport numpy as cnp
+from libc.float cimport DBL_MAX, FLT_MAX
 from libc.math cimport INFINITY, exp, fabs, fma, frexp, ldexp, log1p, rint
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
@@ -102,7 +103,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         job.kept.count -= 1
         n_strips = (job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
         n_units = total_size(&job.kept) * n_strips
-        n_states = (n_states + 1) * strip_columns(x)
+        n_states *= strip_columns(x)
     if job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     elif job.function == SOFTMAX and job.exponentials == IN_SCRATCH:

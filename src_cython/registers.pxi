@@ -34,12 +34,17 @@ cdef extern from "simd.h" nogil:
     f64v f64v_fused(f64v a, f64v b, f64v c)
     f32v f32v_power_of_two(f32v v)
     f64v f64v_power_of_two(f64v v)
+    f32v f32v_raise_to(f32v v, int top)
+    f64v f64v_raise_to(f64v v, int top)
+    f32v f32v_where_at_most(f32v a, f32v b, f32v x, f32v y)
+    f64v f64v_where_at_most(f64v a, f64v b, f64v x, f64v y)
     f32v f32v_swap(f32v v, unsigned distance)
     f64v f64v_swap(f64v v, unsigned distance)
     float f32v_lane(f32v v, int lane)
     double f64v_lane(f64v v, int lane)
     double exact_power_of_two(double k)
     double floor_log2(double x)
+    void prefetch "__builtin_prefetch"(const void* p)
     void stream_fence()
     bint processor_runs(const char* tier)
 
@@ -171,6 +176,22 @@ cdef inline vec power_of_two(vec v) noexcept nogil:
         return f64v_power_of_two(v)
 
 
+cdef inline vec raise_to(vec v, int top) noexcept nogil:
+    """The power of two that brings v, which is positive, to [2**top, 2**(top + 1))."""
+    if vec is f32v:
+        return f32v_raise_to(v, top)
+    else:
+        return f64v_raise_to(v, top)
+
+
+cdef inline vec where_at_most(vec a, vec b, vec x, vec y) noexcept nogil:
+    """x in the lanes where a <= b, y in the others."""
+    if vec is f32v:
+        return f32v_where_at_most(a, b, x, y)
+    else:
+        return f64v_where_at_most(a, b, x, y)
+
+
 cdef inline vec swap(vec v, int distance) noexcept nogil:
     """Lane i of the result is lane i ^ distance of v."""
     if vec is f32v:
@@ -184,3 +205,18 @@ cdef inline double lane(vec v, int index) noexcept nogil:
         return f32v_lane(v, index)
     else:
         return f64v_lane(v, index)
+
+
+cdef inline void put(vec* registers, Py_ssize_t element, double value) noexcept nogil:
+    """Set one element of an array of registers."""
+    if vec is f32v:
+        (<float*>registers)[element] = <float>value
+    else:
+        (<double*>registers)[element] = value
+
+
+cdef inline double get(const vec* registers, Py_ssize_t element) noexcept nogil:
+    if vec is f32v:
+        return (<const float*>registers)[element]
+    else:
+        return (<const double*>registers)[element]

@@ -11,10 +11,14 @@ cdef enum Exponentials:
     IN_SCRATCH
     RECOMPUTE
 
+cdef enum:
+    SAMPLED = 4  # registers at the beginning of a chunk that the first guess is made from
+
+
 cdef enum Finish:  # what `write_chunk` does to each element on its way to the output
-    SCALE      # a term to a probability
-    EXP_SCALE  # a logit to a probability
-    SUBTRACT   # a logit to a log-probability
+    SCALE      # a term to a probability: term * c * (a + b)
+    EXP_SCALE  # a logit to a probability, by way of its term
+    SUBTRACT   # a logit to a log-probability: (logit - a) - b
 
 
 cdef inline Py_ssize_t chunk_length(const vec* like) noexcept nogil:
@@ -35,52 +39,54 @@ cdef inline double largest_lane(vec v) noexcept nogil:
 
 
 cdef inline double sample_maximum(const vec* x, Py_ssize_t n) noexcept nogil:
-    """The maximum of the first eight registers and the last one: where a sorted or a padded row has its largest."""
+    """The maximum of the first few registers and the last one: where a sorted or a padded row has its largest."""
     cdef vec fill = splat(-INFINITY, x), top = fill
     cdef Py_ssize_t i = 0, width = lanes(x)
     if n < width:
         return largest_lane(load_first(x, <int>n, fill))
     top = load(at(x, n - width))
-    while i < 8 and (i + 1) * width <= n:
+    while i < SAMPLED and (i + 1) * width <= n:
         top = maximum(top, load(x + i))
         i += 1
     return largest_lane(top)
 
 
-cdef inline double exact_maximum(const vec* x, Py_ssize_t n, bint* has_nan) noexcept nogil:
-    """The maximum of all elements that are not NaN, and whether there is a NaN."""
-    cdef vec fill = splat(-INFINITY, x), top = fill, v
-    cdef vec ordered = splat(0.0, &fill)  # x - x stays 0 but for NaN and infinities
-    cdef Py_ssize_t i = 0, width = lanes(x), j
-    has_nan[0] = False
+cdef inline double exact_maximum(const vec* x, Py_ssize_t n) noexcept nogil:
+    """The maximum of all elements that are not NaN."""
+    cdef vec fill = splat(-INFINITY, x), top = fill
+    cdef Py_ssize_t i = 0, width = lanes(x)
     while (i + 1) * width <= n:
         top = maximum(load(x + i), top)
         i += 1
     if i * width < n:
         top = maximum(load_first(x + i, <int>(n - i * width), fill), top)
-    cdef double largest = largest_lane(top)
-    if fabs(largest) == INFINITY:
-        for j in range(n):
-            v = load_first(at(x, j), 1, fill)
-            has_nan[0] |= lane(v, 0) != lane(v, 0)
-    return largest
+    return largest_lane(top)
+
+
+cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        if get(x, i) != get(x, i):
+            return True
+    return False
 
 
 cdef inline void fold_registers(
-    const vec* x, vec* terms, int count, vec* top, vec* high, vec* low, bint apart, vec offset, vec floor, vec magic
+    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, const vec* references, int step
 ) noexcept nogil:
-    """Fold one element after the other, of `count` registers, into each lane, and give their terms.
+    """Fold an element into each lane of `count` registers, and give the terms.
 
-    With the maxima kept apart, it is the smaller of x and the lane's maximum so far that is folded.
+    With a `step` of 1 each register has a sum and a reference of its own, with 0 all are of one row. With the maxima
+    kept apart, it is the smaller of x and the lane's maximum so far that is folded.
     """
     cdef vec[GROUP] folded, residuals
     cdef int j
     for j in range(count):
-        folded[j] = minimum(top[0], x[j]) if apart else x[j]
-        top[0] = maximum(x[j], top[0])
-    scaled_exp(folded, terms, residuals, count, offset, floor, magic)
+        folded[j] = minimum(tops[j * step], x[j]) if apart else x[j]
+        tops[j * step] = maximum(x[j], tops[j * step])
+    scaled_exp(folded, terms, residuals, count, references, step)
     for j in range(count):
-        accumulate(high, low, terms[j], residuals[j])
+        accumulate(&highs[j * step], &lows[j * step], terms[j], residuals[j])
 
 
 cdef inline void accumulate(vec* high, vec* low, vec term, vec residual) noexcept nogil:
@@ -91,19 +97,17 @@ cdef inline void accumulate(vec* high, vec* low, vec term, vec residual) noexcep
 
 
 cdef inline bint fold_with_reference(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, Reference reference, State* state
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, State* state
 ) noexcept nogil:
     """Fold a chunk; False, with nothing said, if an element lies above the reference's limit."""
-    cdef vec offset = splat(reference.offset, x), floor = splat(reference.floor, x)
-    cdef vec magic = splat(reference.magic, x), limit = splat(reference.limit, x)
-    cdef vec top = splat(-INFINITY, x), fill = top, high = splat(0.0, x), low = high
+    cdef vec top = splat(-INFINITY, x), fill = top, limit = reference[LIMIT], high = splat(0.0, x), low = high
     cdef vec[GROUP] logits, group
     cdef Py_ssize_t width = lanes(x), i = 0, n_full = n // width
     cdef int j, distance
     while i + GROUP <= n_full:
         for j in range(GROUP):
             logits[j] = load(x + i + j)
-        fold_registers(logits, group, GROUP, &top, &high, &low, apart, offset, floor, magic)
+        fold_registers(logits, group, GROUP, &top, &high, &low, apart, reference, 0)
         if keep:
             for j in range(GROUP):
                 store(terms + i + j, group[j])
@@ -112,28 +116,28 @@ cdef inline bint fold_with_reference(
         i += GROUP
     while i < n_full:
         logits[0] = load(x + i)
-        fold_registers(logits, group, 1, &top, &high, &low, apart, offset, floor, magic)
+        fold_registers(logits, group, 1, &top, &high, &low, apart, reference, 0)
         if keep:
             store(terms + i, group[0])
         i += 1
     if i * width < n:  # the lanes behind the end hold -inf, which leaves a sum as it is
         logits[0] = load_first(x + i, <int>(n - i * width), fill)
-        fold_registers(logits, group, 1, &top, &high, &low, apart, offset, floor, magic)
+        fold_registers(logits, group, 1, &top, &high, &low, apart, reference, 0)
         if keep:
             store_first(terms + i, group[0], <int>(n - i * width))
     if any_greater(top, limit):
         return False
     state.maximum = largest_lane(top)
     if apart:  # the lanes' own maxima, all but the one that is the chunk's
-        scaled_exp(&top, group, logits, 1, offset, floor, magic)
+        scaled_exp(&top, group, logits, 1, reference, 0)
         accumulate(
             &high, &low, drop_first_equal(group[0], top, state.maximum), drop_first_equal(logits[0], top, state.maximum))
     distance = lanes(x) // 2
     while distance:
         accumulate(&high, &low, swap(high, distance), swap(low, distance))
         distance //= 2
-    state.offset = reference.offset
-    state.exponent = reference.exponent
+    state.offset = lane(reference[OFFSET], 0)
+    state.exponent = lane(exponent_of(reference), 0)
     state.high = lane(high, 0)
     state.low = lane(low, 0)
     return True
@@ -143,20 +147,19 @@ cdef State fold_chunk(
     const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, double row_offset
 ) noexcept nogil:
     """The state of one chunk; with `keep`, its terms too, relative to the state's exponent."""
+    cdef vec[REFERENCE] reference
     cdef State state = identity()
-    cdef bint has_nan
-    cdef double guess = sample_maximum(x, n)
-    if fabs(guess) != INFINITY and fold_specialized(x, terms, n, keep, apart, reference_below(guess, row_offset, x), &state):
-        return state
-    guess = exact_maximum(x, n, &has_nan)
-    if fabs(guess) == INFINITY:
-        return infinite_state(guess, has_nan, apart)
-    fold_specialized(x, terms, n, keep, apart, reference_below(guess, row_offset, x), &state)
+    reference_below(splat(sample_maximum(x, n), x), splat(row_offset, x), reference)
+    if not fold_specialized(x, terms, n, keep, apart, reference, &state):
+        reference_below(splat(exact_maximum(x, n), x), splat(row_offset, x), reference)
+        fold_specialized(x, terms, n, keep, apart, reference, &state)
+    if fabs(state.maximum) == INFINITY:
+        return infinite_state(state.maximum, has_nan(x, n), apart)
     return state
 
 
 cdef inline bint fold_specialized(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, Reference reference, State* state
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, State* state
 ) noexcept nogil:
     """`fold_with_reference` in one copy for each kind of call, so that its loops hold no decisions."""
     if apart:
@@ -167,43 +170,38 @@ cdef inline bint fold_specialized(
 
 
 cdef inline void finish(
-    vec* v, int count, Finish kind, vec offset, vec floor, vec magic, vec a, vec b, vec c
+    vec* v, int count, Finish kind, const vec* references, const vec* a, const vec* b, const vec* c, int step
 ) noexcept nogil:
-    """What `kind` does, to `count` registers in place."""
+    """What `kind` does, to `count` registers in place; with a `step` of 1 each has its own reference, a, b and c."""
     cdef vec[GROUP] residuals
     cdef int j
     if kind == EXP_SCALE:
-        scaled_exp(v, v, residuals, count, offset, floor, magic)
+        scaled_exp(v, v, residuals, count, references, step)
     for j in range(count):
-        if kind == SUBTRACT:
-            v[j] = (v[j] - a) - b
-        else:
-            if kind == SCALE:
-                v[j] = v[j] * c
-            v[j] = product(v[j], a, b)
+        v[j] = (v[j] - a[j * step]) - b[j * step] if kind == SUBTRACT else product(
+            v[j] * c[j * step], a[j * step], b[j * step])
 
 
 cdef inline void write_chunk(
-    Finish kind, const vec* source, vec* y, Py_ssize_t n, Reference reference, double a, double b, double c,
+    Finish kind, const vec* source, vec* y, Py_ssize_t n, const vec* reference, double a, double b, double c,
     bint streaming
 ) noexcept nogil:
-    """Write n elements of the output, past the caches if `streaming`; what a, b and c are is said in `finish`."""
-    cdef vec offset = splat(reference.offset, y), floor = splat(reference.floor, y), magic = splat(reference.magic, y)
-    cdef vec va = splat(a, y), vb = splat(b, y), vc = splat(c, y)
+    """Write n elements of the output, past the caches if `streaming`."""
+    cdef vec fill = splat(0.0, y), va = splat(a, y), vb = splat(b, y), vc = splat(c, y)
     cdef vec[GROUP] v
     cdef Py_ssize_t width = lanes(y), i = 0
     cdef int count, j
     if streaming:  # up to the first whole register of the output
         count = <int>min(n, <Py_ssize_t>(-<uintptr_t>y % REGISTER_BYTES) * width // REGISTER_BYTES)
         if count:
-            v[0] = load_first(source, count, floor)
-            finish(v, 1, kind, offset, floor, magic, va, vb, vc)
+            v[0] = load_first(source, count, fill)
+            finish(v, 1, kind, reference, &va, &vb, &vc, 0)
             store_first(y, v[0], count)
             source, y, n = at(source, count), <vec*>at(<const vec*>y, count), n - count
     while (i + GROUP) * width <= n:
         for j in range(GROUP):
             v[j] = load(source + i + j)
-        finish(v, GROUP, kind, offset, floor, magic, va, vb, vc)
+        finish(v, GROUP, kind, reference, &va, &vb, &vc, 0)
         for j in range(GROUP):
             if streaming:
                 stream(y + i + j, v[j])
@@ -212,8 +210,8 @@ cdef inline void write_chunk(
         i += GROUP
     while i * width < n:
         count = <int>min(width, n - i * width)
-        v[0] = load_first(source + i, count, floor)
-        finish(v, 1, kind, offset, floor, magic, va, vb, vc)
+        v[0] = load_first(source + i, count, fill)
+        finish(v, 1, kind, reference, &va, &vb, &vc, 0)
         store_first(y + i, v[0], count)
         i += 1
 
@@ -222,7 +220,8 @@ cdef void write_probabilities(
     const vec* x, const vec* terms, vec* y, Py_ssize_t n, State chunk, State total, Scale scale, bint streaming
 ) noexcept nogil:
     """Write one chunk of probabilities, from its terms where they are there and have the offset of the whole row."""
-    cdef Reference reference = make_reference(total.offset, scale.exponent, y)
+    cdef vec[REFERENCE] reference
+    make_reference(splat(total.offset, y), splat(scale.exponent, y), reference)
     if terms != NULL and terms_scale_to(chunk, total.offset, scale.exponent, x):
         write_chunk(
             SCALE, terms, y, n, reference, scale.factor, scale.factor_low,
@@ -268,7 +267,7 @@ cdef void softmax_row(
     if not is_regular(total):
         fill_nan(y, n)
         return
-    cdef Scale scale = normalize(total, x)
+    cdef Scale scale = scale_of(total, x)
     first = 0
     while first < n:
         size = min(length, n - first)
@@ -295,4 +294,4 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
 
 cdef void log_softmax_row(const vec* x, vec* y, Py_ssize_t n, bint streaming) noexcept nogil:
     cdef State total = fold_row(x, n)
-    write_chunk(SUBTRACT, x, y, n, make_reference(0.0, 0.0, y), total.maximum, log_sum(total, x), 0.0, streaming)
+    write_chunk(SUBTRACT, x, y, n, <const vec*>NULL, total.maximum, log_sum(total, x), 0.0, streaming)

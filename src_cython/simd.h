@@ -43,6 +43,18 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
     static inline void T##_store(T *p, T v) { *(T##_unaligned *)p = v; }                                               \
     /* 2**k, where the lowest bits of v's mantissa hold k + the exponent bias of the type. */                          \
     static inline T T##_power_of_two(T v) { return (T)((bits)v << mantissa_bits); }                                    \
+    /* 2**(top - k), where 2**k <= v < 2**(k + 1): only the exponent bits of v count. */                               \
+    static inline T T##_raise_to(T v, int top)                                                                         \
+    {                                                                                                                  \
+        bits bias = (bits){0} + ((1 << (sizeof(real) * 8 - mantissa_bits - 2)) - 1);                                   \
+        return (T)((bias + bias + (bits)((bits){0} + (unsigned)top) - ((bits)v >> mantissa_bits)) << mantissa_bits);             \
+    }                                                                                                                  \
+    /* Lane by lane a <= b ? x : y. */                                                                                 \
+    static inline T T##_where_at_most(T a, T b, T x, T y)                                                              \
+    {                                                                                                                  \
+        bits mask = (bits)(a <= b);                                                                                    \
+        return (T)((mask & (bits)x) | (~mask & (bits)y));                                                              \
+    }                                                                                                                  \
     static inline real T##_lane(T v, int lane) { return v[lane]; }
 
 DEFINE_FOR_ANY_PROCESSOR(f32v, float, u32v, 23)

@@ -38,26 +38,32 @@ cdef struct State:
     double low   # functions without the maximum itself, so that log1p of the rest keeps all its digits
 
 
-cdef struct Reference:
-    double offset
-    double exponent  # terms are exp(x - offset) * 2**-exponent
-    double magic     # added to x * log2(e): rounds it to an integer and leaves the term's exponent bits behind
-    double floor     # what lies below contributes less than any result can show, and is raised to here
-    double limit     # elements above need another reference
+# What terms are relative to: exp(x - offset) * 2**-exponent. Four registers, with a value for each lane.
+cdef enum:
+    OFFSET
+    FLOOR      # what lies so far below the offset contributes less than any result can show, and is raised to here
+    MAGIC      # added to (x - offset) * log2(e): rounds it to an integer and leaves the term's exponent bits behind
+    LIMIT      # elements above need another reference
+    REFERENCE  # registers in a reference
 
 
-cdef inline Reference make_reference(double offset, double exponent, const vec* like) noexcept nogil:
+cdef inline vec magic_for(vec exponent) noexcept nogil:
+    return splat(by_type(1.5 * 2.0**23 + 127.0, 1.5 * 2.0**52 + 1023.0, &exponent), &exponent) - exponent
+
+
+cdef inline vec exponent_of(const vec* reference) noexcept nogil:
+    return splat(by_type(1.5 * 2.0**23 + 127.0, 1.5 * 2.0**52 + 1023.0, reference), reference) - reference[MAGIC]
+
+
+cdef inline void make_reference(vec offset, vec exponent, vec* reference) noexcept nogil:
     """Terms relative to 2**exponent, which keep all their bits between 2**-125 and 2**127 (float32)."""
-    cdef Reference reference
-    reference.offset = offset
-    reference.exponent = exponent
-    reference.magic = by_type(1.5 * 2.0**23 + 127.0, 1.5 * 2.0**52 + 1023.0, like) - exponent
-    reference.floor = (exponent - by_type(125.0, 1021.0, like)) * LN2
-    reference.limit = INFINITY
-    return reference
+    reference[OFFSET] = offset
+    reference[FLOOR] = (exponent - splat(by_type(125.0, 1021.0, &offset), &offset)) * splat(LN2, &offset)
+    reference[MAGIC] = magic_for(exponent)
+    reference[LIMIT] = splat(INFINITY, &offset)
 
 
-cdef inline Reference reference_below(double guess, double row_offset, const vec* like) noexcept nogil:
+cdef inline void reference_below(vec guess, vec row_offset, vec* reference) noexcept nogil:
     """The reference for a chunk with an element `guess` that is hoped to be near its maximum.
 
     Where it needs an offset, it takes the `row_offset` of an earlier chunk if that is near enough for exact differences:
@@ -65,17 +71,21 @@ cdef inline Reference reference_below(double guess, double row_offset, const vec
 
     The term of `guess` becomes 2**64 (float32; 2**100 in float64): 190 binary digits above the smallest term, so that
     even subnormal results come from full terms, and 32 below the `limit` that true maxima may reach. A chunk of terms
-    at the limit sums to 2**109, inside float32.
+    at the limit sums to 2**109, inside float32. For a guess of -inf, which a masked row may begin with, the limit is
+    -inf: the chunk is looked at again if it holds anything else.
     """
-    cdef double offset = guess
-    if fabs(guess) < by_type(1024.0, 16384.0, like):
-        offset = 0.0
-    elif row_offset != 0.0 and fabs(guess - row_offset) < by_type(256.0, 4096.0, like):
-        offset = row_offset
-    cdef double k = rint((guess - offset) * LOG2_E)
-    cdef Reference reference = make_reference(offset, k - by_type(64.0, 100.0, like), like)
-    reference.limit = offset + (k + by_type(32.0, 512.0, like)) * LN2
-    return reference
+    cdef vec zero = splat(0.0, &guess), finite = splat(by_type(FLT_MAX, DBL_MAX, &guess), &guess)
+    cdef vec size = maximum(guess, zero - guess), distance = guess - row_offset, offset, k
+    distance = maximum(distance, zero - distance)
+    offset = where_at_most(distance, splat(by_type(256.0, 4096.0, &guess), &guess), row_offset, guess)
+    offset = where_at_most(size, splat(by_type(1024.0, 16384.0, &guess), &guess), zero, offset)
+    offset = where_at_most(size, finite, offset, zero)
+    k = (where_at_most(size, finite, guess, zero) - offset) * splat(LOG2_E, &guess)
+    k = (k + splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &guess), &guess)) - splat(
+        by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &guess), &guess)
+    make_reference(offset, k - splat(by_type(64.0, 100.0, &guess), &guess), reference)
+    reference[LIMIT] = where_at_most(
+        size, finite, offset + (k + splat(by_type(32.0, 512.0, &guess), &guess)) * splat(LN2, &guess), guess)
 
 
 cdef inline void horner(vec* q, const vec* r, int count, double coefficient) noexcept nogil:
@@ -107,9 +117,11 @@ cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
 
 
 cdef inline void scaled_exp(
-    const vec* x, vec* terms, vec* residuals, int count, vec offset, vec floor, vec magic
+    const vec* x, vec* terms, vec* residuals, int count, const vec* reference, int step
 ) noexcept nogil:
-    """exp(x - offset) * 2**-exponent of a `Reference`; NaN stays NaN, -inf becomes a term that scales to 0.
+    """exp(x - offset) * 2**-exponent of a reference; NaN stays NaN, -inf becomes a term that scales to 0.
+
+    With a `step` of 1 each register has a reference of its own, with 0 all have the same.
 
     `residuals` are what rounding took from the terms: without them the error of a row's largest term, the larger half
     of an ULP, would be the error of the sum and so of every probability.
@@ -121,11 +133,11 @@ cdef inline void scaled_exp(
     cdef vec one = splat(1.0, x)
     cdef int j
     for j in range(count):
-        z[j] = maximum(floor, x[j] - offset)
+        z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
     for j in range(count):
-        biased[j] = z[j] * splat(LOG2_E, x) + magic
+        biased[j] = z[j] * splat(LOG2_E, x) + reference[j * step * REFERENCE + MAGIC]
     for j in range(count):
-        k[j] = biased[j] - magic
+        k[j] = biased[j] - reference[j * step * REFERENCE + MAGIC]
     for j in range(count):
         r[j] = z[j] - k[j] * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, x), x)
     for j in range(count):
@@ -153,18 +165,30 @@ cdef inline vec two_sum(vec a, vec b, vec* error) noexcept nogil:
     return total
 
 
+cdef inline vec product_error(vec a, vec b, vec rounded) noexcept nogil:
+    """a * b - rounded, exactly, where `rounded` is the rounded product and multiply-adds are not fused (Dekker)."""
+    cdef vec splitter = splat(by_type(4097.0, 134217729.0, &a), &a)
+    cdef vec a_high = a * splitter - (a * splitter - a), a_low = a - a_high
+    cdef vec b_high = b * splitter - (b * splitter - b), b_low = b - b_high
+    return ((a_high * b_high - rounded) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+cdef inline vec minus_product(vec c, vec a, vec b) noexcept nogil:
+    """c - a * b, rounded once; where the product is near c, exactly."""
+    if HAS_FMA:
+        return fused(splat(0.0, &a) - a, b, c)
+    cdef vec rounded = a * b
+    return (c - rounded) - product_error(a, b, rounded)
+
+
 cdef inline vec product(vec v, vec factor, vec factor_low) noexcept nogil:
     """v * (factor + factor_low), rounded once: the product of a row's only term and the reciprocal of its sum is 1."""
     if HAS_FMA:
         return fused(v, factor, v * factor_low)
-    # Dekker: halves of v and factor multiply exactly. The detour by 2**64 keeps their products from underflowing where
-    # the result is near the smallest normal number.
-    cdef vec splitter = splat(by_type(4097.0, 134217729.0, &v), &v), raised = factor * splat(2.0**64, &v)
-    cdef vec v_high = v * splitter - (v * splitter - v), v_low = v - v_high
-    cdef vec f_high = raised * splitter - (raised * splitter - raised), f_low = raised - f_high
-    cdef vec rounded = v * raised
-    cdef vec error = ((v_high * f_high - rounded) + v_high * f_low + v_low * f_high) + v_low * f_low
-    return (rounded + (error + v * (factor_low * splat(2.0**64, &v)))) * splat(2.0**-64, &v)
+    # The detour by 2**64 keeps parts from underflowing where the result is near the smallest normal number.
+    cdef vec raised = factor * splat(2.0**64, &v), rounded = v * raised
+    rounded = rounded + (product_error(v, raised, rounded) + v * (factor_low * splat(2.0**64, &v)))
+    return rounded * splat(2.0**-64, &v)
 
 
 cdef inline State identity() noexcept nogil:
@@ -225,55 +249,73 @@ cdef inline void add(State* state, double term) noexcept nogil:
     state.high = total
 
 
+cdef inline void normalize(
+    vec largest, vec high, vec low, const vec* reference, vec* multiplier, vec* factor, vec* factor_low
+) noexcept nogil:
+    """What turns terms into probabilities: term * multiplier * (factor + factor_low).
+
+    The multiplier is the power of two that brings the sum, high + low, to [2**64, 2**65) (float32; 2**100 in float64), so
+    that the smallest subnormal probability comes from a normal term and is rounded once; the rest is its reciprocal.
+
+    An element that is all of its row's sum must get the probability 1. Its term is rounded and the sum is not, so the
+    quotient may be a neighbour of 1. Where the other elements are less than a quarter of an ULP together, the sum is
+    brought within a quarter of an ULP of the term.
+    """
+    cdef vec top, top_low, bound, others, total, rest
+    scaled_exp(&largest, &top, &top_low, 1, reference, 0)
+    bound = top * splat(by_type(0.9 * 2.0**-25, 0.9 * 2.0**-54, &top), &top)
+    others = (high - top) + (low - top_low)
+    low = where_at_most(others, bound, maximum(splat(0.0, &top) - bound, minimum(bound, top_low + others)), low)
+    high = where_at_most(others, bound, top, high)
+    multiplier[0] = raise_to(high, <int>by_type(64.0, 100.0, &high))
+    high, low = high * multiplier[0], low * multiplier[0]
+    total = high + low
+    rest = (high - total) + low
+    factor[0] = splat(1.0, &total) / total
+    factor_low[0] = factor[0] * (minus_product(splat(1.0, &total), factor[0], total) - factor[0] * rest)
+
+
+cdef inline void rest_over_top(
+    vec largest, vec high, vec low, const vec* reference, vec* ratio, vec* ratio_low
+) noexcept nogil:
+    """The sum of all but the maximum, high + low, over the maximum's term, which has the errors of the other terms."""
+    cdef vec top, top_low
+    scaled_exp(&largest, &top, &top_low, 1, reference, 0)
+    ratio[0] = high / top
+    ratio_low[0] = (minus_product(high, ratio[0], top) + (low - ratio[0] * top_low)) / top
+
+
+cdef inline double log1p_of(double ratio, double ratio_low, const vec* like) noexcept nogil:
+    """log(1 + ratio + ratio_low)."""
+    if vec is f32v:
+        return log1p(ratio + ratio_low)
+    else:
+        return log1p(ratio) + ratio_low / (1.0 + ratio)
+
+
+cdef inline void to_registers(State state, const vec* like, vec* high, vec* low, vec* reference) noexcept nogil:
+    """The sum and the reference of a state in every lane."""
+    cdef double leading = to_lane(state.high, like)
+    high[0], low[0] = splat(leading, like), splat((state.high - leading) + state.low, like)
+    make_reference(splat(state.offset, like), splat(state.exponent, like), reference)
+
+
 cdef struct Scale:
-    # The probability of a term e = exp(x - offset) * 2**-exponent is e * (factor + factor_low).
-    double exponent
+    double exponent  # of the terms that factor + factor_low makes probabilities
     double factor
     double factor_low
 
 
-cdef inline Scale normalize(State state, const vec* like) noexcept nogil:
-    """What turns the terms of a row into probabilities.
-
-    The sum is brought to [2**64, 2**65) (float32; 2**100 in float64), so that the smallest subnormal probability comes
-    from a normal term and is rounded once.
-    """
+cdef inline Scale scale_of(State state, const vec* like) noexcept nogil:
+    """`normalize` for one row."""
+    cdef vec[REFERENCE] reference
+    cdef vec high, low, multiplier, factor, factor_low
     cdef Scale scale
-    settle_dominated(&state, like)
-    cdef double exponent = floor_log2(state.high) - by_type(64.0, 100.0, like)
-    cdef double high = state.high * exact_power_of_two(-exponent), low = state.low * exact_power_of_two(-exponent)
-    cdef double total = high + low, rest = (high - total) + low
-    scale.exponent = state.exponent + exponent
-    scale.factor = to_lane(1.0 / total, like)
-    scale.factor_low = scale.factor * (fma(-scale.factor, total, 1.0) - scale.factor * rest)
+    to_registers(state, like, &high, &low, reference)
+    normalize(splat(state.maximum, like), high, low, reference, &multiplier, &factor, &factor_low)
+    scale.exponent = state.exponent - floor_log2(lane(multiplier, 0))
+    scale.factor, scale.factor_low = lane(factor, 0), lane(factor_low, 0)
     return scale
-
-
-cdef inline void settle_dominated(State* state, const vec* like) noexcept nogil:
-    """Make the probability of an element that is all of its row's sum exactly 1.
-
-    Its term is rounded and the sum is not, so their quotient may be a neighbour of 1. Where the other elements are less
-    than a quarter of an ULP together, the sum is brought within a quarter of an ULP of the term.
-    """
-    cdef double top, top_low, bound, others
-    if state.high >= 1.5 * exact_power_of_two(rint((state.maximum - state.offset) * LOG2_E) - state.exponent):
-        return  # the largest term is below sqrt(2) times this power of two: there are others
-    top = term_of(state.maximum, state[0], like, &top_low)
-    bound = 0.9 * top * by_type(2.0**-25, 2.0**-54, like)
-    others = (state.high - top) + (state.low - top_low)
-    if others <= bound:
-        state.high, state.low = top, max(-bound, min(bound, top_low + others))
-
-
-cdef inline double term_of(double x, State state, const vec* like, double* residual) noexcept nogil:
-    """The term of one element, relative to the state's exponent, and what rounding took from it."""
-    cdef Reference reference = make_reference(state.offset, state.exponent, like)
-    cdef vec logit = splat(x, like), term, rounded_off
-    scaled_exp(
-        &logit, &term, &rounded_off, 1, splat(reference.offset, like), splat(reference.floor, like),
-        splat(reference.magic, like))
-    residual[0] = lane(rounded_off, 0)
-    return lane(term, 0)
 
 
 cdef inline bint is_regular(State state) noexcept nogil:
@@ -284,13 +326,12 @@ cdef inline bint is_regular(State state) noexcept nogil:
 cdef inline double log_sum(State state, const vec* like) noexcept nogil:
     """log(sum(exp(x - maximum))) of a state that holds its maximum apart; 0 where the maximum is infinite, so that it
     alone decides."""
-    cdef double top, top_low, rest, rest_low
+    cdef vec[REFERENCE] reference
+    cdef vec high, low, ratio, ratio_low
     if state.high != state.high or state.maximum != state.maximum:
         return state.high + state.maximum
     if fabs(state.maximum) == INFINITY:
         return 0.0
-    # The rest of the sum over the term of the maximum, which has the errors of the other terms and no more.
-    top = term_of(state.maximum, state, like, &top_low)
-    rest = state.high / top
-    rest_low = (fma(-rest, top, state.high) + (state.low - rest * top_low)) / top
-    return log1p(rest) + rest_low / (1.0 + rest)
+    to_registers(state, like, &high, &low, reference)
+    rest_over_top(splat(state.maximum, like), high, low, reference, &ratio, &ratio_low)
+    return log1p_of(lane(ratio, 0), lane(ratio_low, 0), like)

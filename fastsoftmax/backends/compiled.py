@@ -27,7 +27,7 @@ _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
 # Bytes of each row in a strip (STRIP_BYTES in src_cython/strips.pxi).
-_STRIP_BYTES = 256
+_STRIP_BYTES = 512
 
 # The terms of a row or strip wait in a scratch of up to this share of the last cache level, which threads share. From a
 # 32nd to a quarter the times agree; recomputed, (4096, 4096) float32 on axis 0 takes 28 ms instead of 19.
