@@ -166,6 +166,38 @@ cdef inline void run_strip(
         logsumexp_strip(x, y, strip)
 
 
+# The state as Python sees it, for the tests of its laws: a tuple (maximum, offset, exponent, high, low).
+
+def fold(cnp.ndarray row):
+    """The state of a contiguous row, with its maximum kept apart."""
+    cdef State state
+    if cnp.PyArray_TYPE(row) == cnp.NPY_FLOAT32:
+        state = fold_row(<const f32v*>cnp.PyArray_DATA(row), row.shape[0])
+    else:
+        state = fold_row(<const f64v*>cnp.PyArray_DATA(row), row.shape[0])
+    return state.maximum, state.offset, state.exponent, state.high, state.low
+
+
+cdef State from_tuple(tuple values):
+    cdef State state
+    state.maximum, state.offset, state.exponent, state.high, state.low = values
+    return state
+
+
+def merge_states(tuple a, tuple b):
+    """The state of the elements of both."""
+    cdef State state = merge(from_tuple(a), from_tuple(b), True)
+    return state.maximum, state.offset, state.exponent, state.high, state.low
+
+
+def logsumexp_of(tuple values, bint is_single):
+    """The logarithm of the sum of a state of float32 or float64 elements."""
+    cdef State state = from_tuple(values)
+    if is_single:
+        return state.maximum + log_sum(state, <const f32v*>NULL)
+    return state.maximum + log_sum(state, <const f64v*>NULL)
+
+
 def addresses():
     """The addresses of the functions below, by function and dtype."""
     return {

@@ -211,9 +211,9 @@ cdef inline State infinite_state(double largest, bint has_nan, bint apart) noexc
 
 
 cdef inline double exp_split(double x, double* exponent) noexcept nogil:
-    """exp(x) as p * 2**exponent, accurate however large x is; 0 for x below any use."""
+    """exp(x) as p * 2**exponent; p is 0 for x below any use."""
     if x < -1e6:
-        exponent[0] = 0.0
+        exponent[0] = -2e6
         return 0.0
     cdef double k = rint(x * LOG2_E)
     exponent[0] = k
@@ -225,12 +225,14 @@ cdef State merge(State a, State b, bint apart) noexcept nogil:
     cdef double p, k, loser, exponent
     if b.offset > a.offset:
         a, b = b, a
+    if b.maximum == -INFINITY and b.high == 0.0:  # no elements, or nothing but -inf
+        return a
     if b.offset != a.offset:
         p = exp_split(b.offset - a.offset, &k)
         b.high, b.low, b.exponent = b.high * p, b.low * p, b.exponent + k
     loser = min(a.maximum, b.maximum)
     a.maximum = max(a.maximum, b.maximum)
-    exponent = b.exponent if a.high == 0 else a.exponent if b.high == 0 else max(a.exponent, b.exponent)
+    exponent = max(a.exponent, b.exponent)
     k = max(a.exponent - exponent, -5000.0)
     a.high, a.low, a.exponent = ldexp(a.high, <int>k), ldexp(a.low, <int>k), exponent
     k = max(b.exponent - exponent, -5000.0)
@@ -238,7 +240,7 @@ cdef State merge(State a, State b, bint apart) noexcept nogil:
     add(&a, ldexp(b.high, <int>k))
     if apart and fabs(loser) != INFINITY and a.maximum != INFINITY:
         p = exp_split(loser - a.offset, &k)
-        add(&a, ldexp(p, <int>(k - exponent)))
+        add(&a, ldexp(p, <int>max(k - exponent, -5000.0)))
     return a
 
 

@@ -37,19 +37,20 @@ _SCRATCH_SHARE = 16
 _MAX_BLOCK_BYTES = 64 * 1024 * 1024
 
 
-def _load(tier: str) -> Any:
+def load_tier(tier: str) -> Any:
+    """Return the kernels of a tier; ModuleNotFoundError if it is not built."""
     return import_module(f"fastsoftmax._kernels_{tier}")
 
 
 @cache
 def tiers() -> tuple[str, ...]:
     """Return the tiers that are built and that this processor runs, best first."""
-    runs_here = _load("portable").runs_here
+    runs_here = load_tier("portable").runs_here
     found = []
     for tier in TIERS:
         if runs_here(tier):
             try:
-                _load(tier)
+                load_tier(tier)
             except ModuleNotFoundError:  # the compiler that built the package did not know the tier
                 continue
             found.append(tier)
@@ -66,7 +67,7 @@ def _initial_tier() -> str:
 
 
 _tier = _initial_tier()
-_kernels = _load(_tier)
+_kernels = load_tier(_tier)
 
 
 def active_tier() -> str:
@@ -81,11 +82,11 @@ def use_tier(tier: str) -> Iterator[None]:
     if tier not in tiers():
         raise ValueError(f"tier must be one of {', '.join(tiers())} on this machine, not {tier!r}")
     before = _tier
-    _tier, _kernels = tier, _load(tier)
+    _tier, _kernels = tier, load_tier(tier)
     try:
         yield
     finally:
-        _tier, _kernels = before, _load(before)
+        _tier, _kernels = before, load_tier(before)
 
 
 def kernel_addresses() -> dict[tuple[str, str], int]:
