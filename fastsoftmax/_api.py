@@ -200,12 +200,11 @@ def logsumexp(
     """
     terms = _numbers(a, "a")
     if b is not None:
-        return _logsumexp_weighted(terms, _numbers(b, "b"), axis, keepdims, return_sign, out, backend)
+        return _logsumexp_weighted(a, b, axis, keepdims, return_sign, out, backend)
     axes = normalize_axes(axis, terms.ndim)
     working, result = _dtypes(terms.dtype, "logsumexp")
     module = select(working, terms.size, backend)
-    kept_shape = tuple(1 if i in axes else size for i, size in enumerate(terms.shape))
-    shape = kept_shape if keepdims else tuple(size for i, size in enumerate(terms.shape) if i not in axes)
+    shape = _reduced_shape(terms.shape, axes, keepdims)
     log_dtype = np.empty(0, result).real.dtype if return_sign else result
     if out is not None:
         _check_out(out, shape, log_dtype)
@@ -243,7 +242,7 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
 
 
 def _logsumexp_weighted(
-    a: Array, b: Array, axis: Any, keepdims: bool, return_sign: bool, out: Array | None, backend: str | None
+    a: ArrayLike, b: ArrayLike, axis: Any, keepdims: bool, return_sign: bool, out: Array | None, backend: str | None
 ) -> Any:
     """Compute logsumexp with factors, which the numpy backend alone does."""
     from fastsoftmax.backends import numpy_generic
@@ -251,21 +250,40 @@ def _logsumexp_weighted(
     forced = forced_backend(backend)
     if forced is not None and forced.name != "numpy":
         raise TypeError(f"backend {forced.name!r} does not compute logsumexp with b; this one does: 'numpy'")
+    terms, factors = _numbers(a, "a"), _numbers(b, "b")
+    working, result = _dtypes(_common_dtype(a, terms, b, factors), "logsumexp")
     try:
-        a, b = np.broadcast_arrays(a, b)
+        terms, factors = np.broadcast_arrays(terms, factors)
     except ValueError:
-        raise ValueError(f"b of shape {b.shape} does not broadcast with a of shape {a.shape}") from None
-    axes = normalize_axes(axis, a.ndim)
-    working, result = _dtypes(np.result_type(_dtypes(a.dtype, "logsumexp")[1], b.dtype), "logsumexp")
-    log_sum, sign = numpy_generic.logsumexp_weighted(a.astype(working), b.astype(working), axes, return_sign)
-    record(numpy_generic.PLAN_WEIGHTED)
-    if not keepdims:
-        log_sum, sign = np.squeeze(log_sum, axes), np.squeeze(sign, axes)
+        raise ValueError(f"b of shape {factors.shape} does not broadcast with a of shape {terms.shape}") from None
+    axes = normalize_axes(axis, terms.ndim)
+    shape = _reduced_shape(terms.shape, axes, keepdims)
     log_dtype = np.empty(0, result).real.dtype if return_sign else result
     if out is not None:
-        _check_out(out, log_sum.shape, log_dtype)
-    log_sum = _deliver(log_sum, out, log_dtype)
-    return (log_sum, _deliver(sign, None, result)) if return_sign else log_sum
+        _check_out(out, shape, log_dtype)
+    log_sum, sign = numpy_generic.logsumexp_weighted(terms.astype(working), factors.astype(working), axes, return_sign)
+    record(numpy_generic.PLAN_WEIGHTED)
+    log_sum = _deliver(log_sum.reshape(shape), out, log_dtype)
+    return (log_sum, _deliver(sign.reshape(shape), None, result)) if return_sign else log_sum
+
+
+def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> np.dtype[Any]:
+    """Return the dtype that a and b combine to; a Python number takes that of the other, as everywhere in NumPy."""
+    kinds = (bool, int, float, complex)
+    operands = [
+        value if type(value) in kinds else _dtypes(array.dtype, "logsumexp")[1]
+        for value, array in ((a, terms), (b, factors))
+    ]
+    try:
+        return np.result_type(*operands)
+    except TypeError:
+        raise TypeError(f"b of dtype {factors.dtype} does not combine with a of dtype {terms.dtype}") from None
+
+
+def _reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[int, ...]:
+    if keepdims:
+        return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def _sign_of_positive_sum(log_sum: Array) -> Array:
@@ -279,7 +297,8 @@ def _numbers(value: ArrayLike, name: str) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; fill what is masked first: {name}.filled(-inf) leaves it out")
     array = np.asarray(value)
-    if array.dtype.kind not in "fiubc" and array.dtype.name != "bfloat16":
+    is_float = (array.dtype.kind == "f" and array.dtype.itemsize > 1) or array.dtype.name == "bfloat16"  # no float8
+    if not is_float and array.dtype.kind not in "iubc":
         raise TypeError(f"{name} must hold numbers, not {array.dtype}")
     return array
 

@@ -633,7 +633,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.plot:
         from fastsoftmax import _figure
 
-        _figure.draw(measurements, f"{machine['cpu']}, {n_threads} thread{'s' * (n_threads > 1)}", options.plot)
+        _figure.draw(
+            measurements, CONTENDERS, f"{machine['cpu']}, {n_threads} thread{'s' * (n_threads > 1)}", options.plot
+        )
     return 1 if any(failure.startswith("fastsoftmax:") for failure in failures) else 0
 
 

@@ -47,6 +47,10 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name that cannot run here."""
 
 
+class ForcedTierError(ValueError):
+    """``FASTSOFTMAX_ISA`` asks for a tier that is not to be had."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One way to compute.
@@ -90,18 +94,32 @@ _recorder: ContextVar[list[Plan] | None] = ContextVar("fastsoftmax_plans", defau
 
 
 @cache
-def load(backend: Backend) -> BackendModule | ImportError:
-    """Import the module of a backend, once; return the ImportError that says why where it cannot be."""
+def load(backend: Backend) -> BackendModule | Exception:
+    """Import the module of a backend, once; return the exception that says why where it cannot be.
+
+    Compiled dependencies fail to import with more than ImportError: with ValueError where NumPy's binary interface
+    differs, with OSError where a shared library is missing. Only a tier that the environment forces is never passed
+    over.
+    """
     try:
         return cast(BackendModule, import_module(backend.module))
-    except ImportError as error:
+    except ForcedTierError:
+        raise
+    except Exception as error:
+        if backend.name == "cython" and (tier := os.environ.get("FASTSOFTMAX_ISA")):
+            raise ForcedTierError(
+                f"FASTSOFTMAX_ISA is {tier!r}, but backend 'cython' is not available: {error}"
+            ) from None
         return error
 
 
 def unavailable_reason(backend: Backend) -> str | None:
     """Say why a backend cannot run here; None if it can."""
-    loaded = load(backend)
-    return str(loaded) if isinstance(loaded, ImportError) else None
+    try:
+        loaded = load(backend)
+    except ForcedTierError as error:
+        return str(error)
+    return str(loaded) if isinstance(loaded, Exception) else None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -151,14 +169,14 @@ def select(dtype: np.dtype[Any], size: int, argument: str | None = None) -> Back
         for backend in BACKENDS:
             if size >= backend.min_size and backend.computes(dtype):
                 loaded = load(backend)
-                if not isinstance(loaded, ImportError):
+                if not isinstance(loaded, Exception):
                     return loaded
         raise AssertionError("the numpy backend takes every call")
     if not forced.computes(dtype):
         names = ", ".join(repr(backend.name) for backend in BACKENDS if backend.computes(dtype))
         raise TypeError(f"backend {forced.name!r} does not compute in {dtype.name}; these do: {names}")
     loaded = load(forced)
-    if isinstance(loaded, ImportError):
+    if isinstance(loaded, Exception):
         names = ", ".join(map(repr, available_backends()))
         raise BackendUnavailableError(f"backend {forced.name!r} is not available: {loaded}; available: {names}")
     return loaded
@@ -203,7 +221,7 @@ def record_plans() -> Iterator[list[Plan]]:
     Yields
     ------
     list of Plan
-        Grows by one plan a call: the very value the kernels were run with.
+        Grows by one plan for each call that computes anything: the very value the kernels were run with.
 
     Examples
     --------

@@ -1,15 +1,16 @@
 """Run the blocks of one call on several threads.
 
-The kernels release the GIL and cut their work at fixed block boundaries, so a plain thread pool is enough, and which
-thread runs which block never changes a result. The pool starts at first use and is dropped in a forked child, whose
+The kernels release the GIL and no row is divided between blocks, so a plain thread pool is enough, and which thread
+runs which block never changes a result. The pool starts at first use and is dropped in a forked child, whose
 copies of the worker threads do not exist; OpenMP and Numba's own threading layers hang or abort there.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import count
 from threading import Lock
 
@@ -41,16 +42,31 @@ def run_blocks(run: Callable[[int], object], n_blocks: int, n_threads: int) -> N
             stopped = True
             raise
 
-    pool = _get_pool(helpers_wanted)
-    helpers = [pool.submit(work) for _ in range(helpers_wanted)]
+    pool, helpers = _get_pool(helpers_wanted), []
     try:
+        with suppress(RuntimeError):  # the interpreter is ending and starts no threads: the caller does all the work
+            for _ in range(helpers_wanted):
+                helpers.append(pool.submit(work))
         work()
     finally:
-        # A helper that another caller's work kept from starting is no longer needed.
-        errors = [helper.exception() for helper in helpers if not helper.cancel()]
-    for error in errors:
-        if error is not None:
+        stopped = True
+        # A helper that another caller's work kept from starting is no longer needed; one that runs still writes.
+        _wait_for(helper for helper in helpers if not helper.cancel())
+    for helper in helpers:
+        if not helper.cancelled() and (error := helper.exception()) is not None:
             raise error
+
+
+def _wait_for(helpers: Iterable[Future[None]]) -> None:
+    """Wait until all helpers are done, however often the wait is interrupted; then raise the interruption."""
+    running, interruption = set(helpers), None
+    while running:
+        try:
+            running = wait(running).not_done
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 def _get_pool(size: int) -> ThreadPoolExecutor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsoftmax._bench import CONTENDERS, Measurement
+if TYPE_CHECKING:
+    from fastsoftmax._bench import Contender, Measurement
 
 # Backends in colours that the colour-blind tell apart, peers in grey outlines: the eye compares ours with the field.
 _BACKEND_STYLES = (("o", "#0072B2"), ("D", "#D55E00"), ("s", "#009E73"))
@@ -17,7 +18,7 @@ _GREY, _COPY = "#555555", "#dfe5ea"
 _ROW_HEIGHT, _PANEL_WIDTH = 0.34, 4.9  # inches
 
 
-def draw(measurements: Sequence[Measurement], machine: str, path: Path) -> None:
+def draw(measurements: Sequence[Measurement], contenders: Sequence[Contender], machine: str, path: Path) -> None:
     """Draw bandwidth by shape, a panel for each function (down) and dtype (across), in the format of the suffix."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
@@ -30,10 +31,11 @@ def draw(measurements: Sequence[Measurement], machine: str, path: Path) -> None:
     figure = Figure(figsize=(1.2 + _PANEL_WIDTH * len(dtypes), height), layout="constrained")
     panels = figure.subplots(len(functions), len(dtypes), sharex=True, sharey=True, squeeze=False)
     legend: dict[str, Any] = {}
+    styles = _styles(contenders)
     for (row, column), panel in np.ndenumerate(panels):
         function, dtype = functions[row], dtypes[column]
         members = [one for one in measurements if one.function == function and one.case.dtype == dtype]
-        _draw_panel(panel, members, labels)
+        _draw_panel(panel, members, labels, styles)
         panel.set_title(f"{function}, {dtype}", loc="left", fontsize=11)
         handles, names = panel.get_legend_handles_labels()
         legend.update(zip(names, handles, strict=True))
@@ -53,7 +55,9 @@ def draw(measurements: Sequence[Measurement], machine: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_panel(panel: Any, members: Sequence[Measurement], labels: Sequence[str]) -> None:
+def _draw_panel(
+    panel: Any, members: Sequence[Measurement], labels: Sequence[str], styles: dict[str, dict[str, Any]]
+) -> None:
     rows = {str(measurement.case): labels.index(str(measurement.case)) for measurement in members}
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter("{x:g}")
@@ -64,7 +68,7 @@ def _draw_panel(panel: Any, members: Sequence[Measurement], labels: Sequence[str
         color=_COPY,
         label="fastest copy",
     )
-    for name, style in _styles().items():
+    for name, style in styles.items():
         points = [
             (measurement.moved_bytes / measurement.timings[name].median / 1e9, rows[str(measurement.case)])
             for measurement in members
@@ -79,10 +83,10 @@ def _draw_panel(panel: Any, members: Sequence[Measurement], labels: Sequence[str
     panel.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _styles() -> dict[str, dict[str, Any]]:
+def _styles(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
     """Return how each contender is drawn, but the copies: the backends on top of the peers."""
-    backends = [contender.name for contender in CONTENDERS if contender.kind == "backend"]
-    peers = [contender.name for contender in CONTENDERS if contender.kind == "peer"]
+    backends = [contender.name for contender in contenders if contender.kind == "backend"]
+    peers = [contender.name for contender in contenders if contender.kind == "peer"]
     styles: dict[str, dict[str, Any]] = {}
     for name, (marker, colour) in zip(backends, _BACKEND_STYLES, strict=True):
         styles[name] = {"marker": marker, "s": 44, "color": colour, "linewidths": 0, "zorder": 3}

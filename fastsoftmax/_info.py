@@ -83,14 +83,11 @@ def _machine_lines() -> Iterator[Line]:
 
 def _backend_lines() -> Iterator[Line]:
     for backend in _dispatch.BACKENDS:
-        try:
-            reason = _dispatch.unavailable_reason(backend)
-        except ValueError as error:  # what forces a tier is read when its backend is imported
-            reason = str(error)
+        reason = _dispatch.unavailable_reason(backend)
         yield backend.name, "available" if reason is None else f"not available: {reason}"
         if reason is None and backend.name == "cython":
             yield from _tier_lines()
-    yield "CUDA", _cuda()
+    yield "CUDA", f"no backend yet; {_cuda()}"
 
 
 def _tier_lines() -> Iterator[Line]:
@@ -101,7 +98,7 @@ def _tier_lines() -> Iterator[Line]:
 
 def _cuda() -> str:
     if find_spec("numba_cuda") is None:
-        return "not available: numba-cuda is not installed (pip install 'fastsoftmax[cuda]')"
+        return "numba-cuda is not installed"
     try:
         cuda: Any = import_module("numba.cuda")
         if not cuda.is_available():

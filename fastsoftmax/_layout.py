@@ -1,13 +1,14 @@
 """From an array and an axis to rows: the view that every kernel works on.
 
 A softmax over any set of axes is the same softmax over many *rows*: the reduced axes together form one row, the kept
-axes enumerate the rows. A `Layout` states where the rows of the input and of the output lie, as sizes and byte
-strides, with neighbouring dimensions fused wherever memory allows it. Nothing here loops over data, and the only
-copies the package ever makes of an input are made here, for data that no kernel reads (see `readable`).
+axes enumerate the rows. A `Layout` states where the rows of the input and of the output lie, as sizes and byte strides,
+with neighbouring dimensions fused wherever memory allows it. Nothing here loops over data. An input whose dtype, byte
+order or alignment no kernel reads is converted here (see `readable`); its strides never are.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -94,9 +95,12 @@ def normalize_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     normalized = []
     for one in axes:
-        if isinstance(one, (bool, np.bool_)) or not hasattr(one, "__index__"):
-            raise TypeError(f"axis must be an integer, a tuple of integers or None, not {one!r}")
-        index, bound = int(one.__index__()), max(ndim, 1)
+        try:
+            if isinstance(one, (bool, np.bool_)):
+                raise TypeError
+            index, bound = operator.index(one), max(ndim, 1)
+        except TypeError:
+            raise TypeError(f"axis must be an integer, a tuple of integers or None, not {one!r}") from None
         if not -bound <= index < bound:
             raise np.exceptions.AxisError(index, ndim, "axis")
         normalized.append(index % bound)

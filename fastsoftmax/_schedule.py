@@ -85,7 +85,7 @@ def max_threads() -> int:
     return int(text)
 
 
-# Below this many elements one thread serves a call: handing a block to a pool thread costs 20-50 us, in which one
+# Each thread gets at least this many elements: handing a block to a pool thread costs 20-50 us, in which one
 # core finishes about 200,000 float32 elements.
 MIN_ELEMENTS_PER_THREAD = 131_072
 

@@ -12,7 +12,9 @@ cdef struct Dimensions:
     Py_ssize_t[64] y_stride
 
 
-cdef inline void locate(const Dimensions* dimensions, Py_ssize_t index, Py_ssize_t* x_offset, Py_ssize_t* y_offset) noexcept nogil:
+cdef inline void locate(
+    const Dimensions* dimensions, Py_ssize_t index, Py_ssize_t* x_offset, Py_ssize_t* y_offset
+) noexcept nogil:
     """The byte offsets of the index-th place of some dimensions, in the input and in the output."""
     cdef int i
     x_offset[0] = y_offset[0] = 0
@@ -46,7 +48,8 @@ cdef void gather(
         locate(row, first + done, &x_offset, &y_offset)
         run = min(inner - (first + done) % inner, n - done)
         copy_elements(
-            <const char*>x + x_offset, row.x_stride[row.count - 1], <char*>target + done * itemsize(x), itemsize(x), run, x)
+            <const char*>x + x_offset, row.x_stride[row.count - 1], <char*>target + done * itemsize(x), itemsize(x),
+            run, x)
         done += run
 
 

@@ -5,7 +5,7 @@ This one source is built once for each instruction-set tier.
 
 cimport numpy as cnp
 from libc.float cimport DBL_MAX, FLT_MAX
-from libc.math cimport INFINITY, exp, fabs, fma, frexp, ldexp, log1p, rint
+from libc.math cimport INFINITY, exp, fabs, ldexp, log1p, rint
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 
@@ -36,6 +36,9 @@ cdef struct Job:
     bint streaming
     Dimensions kept
     Dimensions row
+
+
+strip_bytes = STRIP_BYTES
 
 
 def runs_here(str tier):
@@ -82,7 +85,8 @@ def run(
     cdef const void* source = cnp.PyArray_DATA(x)
     cdef void* target = cnp.PyArray_DATA(out)
     cdef bint is_single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, enough_memory
-    job.function, job.traversal, job.exponentials, job.streaming = <Function>function, <Traversal>traversal, <Exponentials>exponentials, streaming
+    job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
+    job.streaming = streaming
     job.kept, job.row = dimensions(kept), dimensions(reduced)
     with nogil:
         if is_single:
@@ -153,9 +157,10 @@ cdef inline void run_strip(
     cdef Py_ssize_t x_offset, y_offset, first = index * strip_columns(x), inner = job.kept.count
     cdef Strip strip
     locate(&job.kept, outer, &x_offset, &y_offset)
-    strip.n_rows = job.row.size[0]
+    strip.length = job.row.size[0]
     strip.n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(x))
-    strip.x_stride, strip.y_stride, strip.result_stride = job.row.x_stride[0], job.row.y_stride[0], job.kept.y_stride[inner]
+    strip.x_stride, strip.y_stride = job.row.x_stride[0], job.row.y_stride[0]
+    strip.result_stride = job.kept.y_stride[inner]
     x = <const vec*>(<const char*>x + x_offset + first * itemsize(x))
     y = <vec*>(<char*>y + y_offset + first * job.kept.y_stride[inner])
     if job.function == SOFTMAX:

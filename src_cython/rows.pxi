@@ -131,7 +131,8 @@ cdef inline bint fold_with_reference(
     if apart:  # the lanes' own maxima, all but the one that is the chunk's
         scaled_exp(&top, group, logits, 1, reference, 0)
         accumulate(
-            &high, &low, drop_first_equal(group[0], top, state.maximum), drop_first_equal(logits[0], top, state.maximum))
+            &high, &low, drop_first_equal(group[0], top, state.maximum),
+            drop_first_equal(logits[0], top, state.maximum))
     distance = lanes(x) // 2
     while distance:
         accumulate(&high, &low, swap(high, distance), swap(low, distance))

@@ -66,8 +66,8 @@ cdef inline void make_reference(vec offset, vec exponent, vec* reference) noexce
 cdef inline void reference_below(vec guess, vec row_offset, vec* reference) noexcept nogil:
     """The reference for a chunk with an element `guess` that is hoped to be near its maximum.
 
-    Where it needs an offset, it takes the `row_offset` of an earlier chunk if that is near enough for exact differences:
-    chunks that share their offset merge exactly.
+    Where it needs an offset, it takes the `row_offset` of an earlier chunk if that is near enough for exact
+    differences: chunks that share their offset merge exactly.
 
     The term of `guess` becomes 2**64 (float32; 2**100 in float64): 190 binary digits above the smallest term, so that
     even subnormal results come from full terms, and 32 below the `limit` that true maxima may reach. A chunk of terms
@@ -95,7 +95,7 @@ cdef inline void horner(vec* q, const vec* r, int count, double coefficient) noe
 
 
 cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
-    """q with exp(r) = 1 + r + r**2 q on [-ln2/2, ln2/2]; minimax, exp's relative error is 2**-28.2 (float64 2**-57.9)."""
+    """q with exp(r) = 1 + r + r**2 q on [-ln2/2, ln2/2], minimax: 2**-28.2 relative to exp(r), 2**-57.9 in float64."""
     cdef int j
     for j in range(count):
         q[j] = splat(by_type(1.3814328e-3, 2.4999863292277574e-08, r), r)
@@ -256,25 +256,35 @@ cdef inline void normalize(
 ) noexcept nogil:
     """What turns terms into probabilities: term * multiplier * (factor + factor_low).
 
-    The multiplier is the power of two that brings the sum, high + low, to [2**64, 2**65) (float32; 2**100 in float64), so
-    that the smallest subnormal probability comes from a normal term and is rounded once; the rest is its reciprocal.
+    The multiplier is the power of two that brings the sum, high + low, to [2**64, 2**65) (float32; 2**100 in float64),
+    so that the smallest subnormal probability comes from a normal term and is rounded once; the rest is its reciprocal.
 
-    An element that is all of its row's sum must get the probability 1. Its term is rounded and the sum is not, so the
-    quotient may be a neighbour of 1. Where the other elements are less than a quarter of an ULP together, the sum is
-    brought within a quarter of an ULP of the term.
     """
-    cdef vec top, top_low, bound, others, total, rest
-    scaled_exp(&largest, &top, &top_low, 1, reference, 0)
-    bound = top * splat(by_type(0.9 * 2.0**-25, 0.9 * 2.0**-54, &top), &top)
-    others = (high - top) + (low - top_low)
-    low = where_at_most(others, bound, maximum(splat(0.0, &top) - bound, minimum(bound, top_low + others)), low)
-    high = where_at_most(others, bound, top, high)
+    cdef vec total, rest
+    # The largest term is below 1.5 times its power of two. Where the sum is not, there are other terms to speak of.
+    cdef vec magnitude = power_of_two((largest - reference[OFFSET]) * splat(LOG2_E, &high) + reference[MAGIC])
+    if any_greater(magnitude * splat(1.5, &high), high):
+        settle_dominated(largest, &high, &low, reference)
     multiplier[0] = raise_to(high, <int>by_type(64.0, 100.0, &high))
     high, low = high * multiplier[0], low * multiplier[0]
     total = high + low
     rest = (high - total) + low
     factor[0] = splat(1.0, &total) / total
     factor_low[0] = factor[0] * (minus_product(splat(1.0, &total), factor[0], total) - factor[0] * rest)
+
+
+cdef inline void settle_dominated(vec largest, vec* high, vec* low, const vec* reference) noexcept nogil:
+    """Make the probability of an element that is all of its row's sum exactly 1.
+
+    Its term is rounded and the sum is not, so their quotient may be a neighbour of 1. Where the other elements are less
+    than a quarter of an ULP together, the sum is brought within a quarter of an ULP of the term.
+    """
+    cdef vec top, top_low, bound, others
+    scaled_exp(&largest, &top, &top_low, 1, reference, 0)
+    bound = top * splat(by_type(0.9 * 2.0**-25, 0.9 * 2.0**-54, &top), &top)
+    others = (high[0] - top) + (low[0] - top_low)
+    low[0] = where_at_most(others, bound, maximum(splat(0.0, &top) - bound, minimum(bound, top_low + others)), low[0])
+    high[0] = where_at_most(others, bound, top, high[0])
 
 
 cdef inline void rest_over_top(

@@ -19,8 +19,8 @@ cdef enum:
 
 
 cdef struct Strip:
-    Py_ssize_t n_rows      # elements of the reduced axis, one under the other
-    int n_columns          # at most STRIP_BYTES // itemsize
+    Py_ssize_t length      # elements of the reduced axis, one under the other
+    int n_columns          # rows of the layout, side by side; at most STRIP_BYTES // itemsize
     Py_ssize_t x_stride    # bytes from one element of a column to the next
     Py_ssize_t y_stride
     Py_ssize_t result_stride  # bytes from one column's logsumexp to the next's
@@ -34,9 +34,9 @@ cdef inline int strip_registers(Strip strip, const vec* like) noexcept nogil:
     return (strip.n_columns + lanes(like) - 1) // lanes(like)
 
 
-cdef inline Strip with_rows(Strip strip, Py_ssize_t n_rows) noexcept nogil:
-    """The strip with another number of rows."""
-    strip.n_rows = n_rows
+cdef inline Strip with_length(Strip strip, Py_ssize_t length) noexcept nogil:
+    """The strip with another length."""
+    strip.length = length
     return strip
 
 
@@ -66,7 +66,7 @@ cdef inline void fold_lane(
 ) noexcept nogil:
     """Fold up to GROUP rows of one lane, the lanes apart, in `count` registers from v on."""
     cdef vec[GROUP] top, high, low, logits, group
-    cdef Py_ssize_t row = first, last = min(strip.n_rows, first + GROUP * lanes(x))
+    cdef Py_ssize_t row = first, last = min(strip.length, first + GROUP * lanes(x))
     cdef int j
     for j in range(count):
         top[j], high[j], low[j] = tops[j], highs[j], lows[j]
@@ -89,21 +89,21 @@ cdef inline bint fold_strip_with_references(
     const vec* x, vec* terms, Strip strip, Py_ssize_t terms_stride, bint keep, bint apart, const vec* references,
     vec* tops, vec* highs, vec* lows
 ) noexcept nogil:
-    """Fold the rows of a chunk into the sums and maxima of each lane; False if an element is above its column's limit."""
+    """Fold the rows of a chunk into the sums and maxima of each lane; False if an element is above its limit."""
     cdef int n_registers = strip_registers(strip, x), width = lanes(x), l, v, i
     cdef Py_ssize_t first = 0
     cdef bint exceeded = False
     for i in range(width * n_registers):
         tops[i], highs[i], lows[i] = splat(-INFINITY, x), splat(0.0, x), splat(0.0, x)
-    while first < strip.n_rows:
-        for l in range(<int>min(width, strip.n_rows - first)):
+    while first < strip.length:
+        for l in range(<int>min(width, strip.length - first)):
             v = 0
             while v < n_registers:
                 i = l * n_registers + v
                 if n_registers - v >= GROUP:
                     fold_lane(
-                        x, terms, strip, terms_stride, keep, apart, first + l, references, v, GROUP, tops + i, highs + i,
-                        lows + i)
+                        x, terms, strip, terms_stride, keep, apart, first + l, references, v, GROUP, tops + i,
+                        highs + i, lows + i)
                     v += GROUP
                 else:
                     fold_lane(
@@ -132,16 +132,16 @@ cdef bint fold_strip_specialized(
 
 cdef void sample_columns(const vec* x, Strip strip, vec* guesses) noexcept nogil:
     """Each column's maximum over the elements that `sample_maximum` looks at in a contiguous row."""
-    cdef Py_ssize_t row = 0, width = lanes(x), sampled = min(strip.n_rows // width, <Py_ssize_t>SAMPLED) * width
+    cdef Py_ssize_t row = 0, width = lanes(x), sampled = min(strip.length // width, <Py_ssize_t>SAMPLED) * width
     cdef int v
     for v in range(strip_registers(strip, x)):
         guesses[v] = splat(-INFINITY, x)
-    while row < strip.n_rows:
+    while row < strip.length:
         for v in range(strip_registers(strip, x)):
             guesses[v] = maximum(guesses[v], load_columns(below(x, row, strip.x_stride), v, strip.n_columns))
         row += 1
         if row == sampled:
-            row = max(row, strip.n_rows - width)
+            row = max(row, strip.length - width)
 
 
 cdef void correct_guesses(const vec* x, Strip strip, const vec* references, vec* guesses) noexcept nogil:
@@ -151,7 +151,7 @@ cdef void correct_guesses(const vec* x, Strip strip, const vec* references, vec*
     cdef vec largest
     for v in range(strip_registers(strip, x)):
         largest = splat(-INFINITY, x)
-        for row in range(strip.n_rows):  # in this order of operands a NaN is passed over
+        for row in range(strip.length):  # in this order of operands a NaN is passed over
             largest = maximum(load_columns(below(x, row, strip.x_stride), v, strip.n_columns), largest)
         guesses[v] = where_at_most(largest, references[v * REFERENCE + LIMIT], guesses[v], largest)
 
@@ -159,7 +159,7 @@ cdef void correct_guesses(const vec* x, Strip strip, const vec* references, vec*
 cdef bint column_has_nan(const vec* x, Strip strip, int column) noexcept nogil:
     cdef Py_ssize_t row
     cdef double value
-    for row in range(strip.n_rows):
+    for row in range(strip.length):
         value = get(below(x, row, strip.x_stride), column)
         if value != value:
             return True
@@ -260,13 +260,13 @@ cdef void fold_strip(
     cdef double leading
     for v in range(strip_registers(strip, x)):
         row_offsets[v] = splat(0.0, x)
-    if strip.n_rows <= length:
+    if strip.length <= length:
         fold_strip_chunk(x, terms, strip, terms_stride, keep, apart, row_offsets, references, largest, highs, lows)
         return
-    while first < strip.n_rows:
+    while first < strip.length:
         fold_strip_chunk(
             below(x, first, strip.x_stride), <vec*>below(<const vec*>terms, first, terms_stride),
-            with_rows(strip, min(length, strip.n_rows - first)), terms_stride, keep, apart, row_offsets, references,
+            with_length(strip, min(length, strip.length - first)), terms_stride, keep, apart, row_offsets, references,
             largest, highs, lows)
         for column in range(strip.n_columns):
             state = column_state(column, references, largest, <const vec*>highs, <const vec*>lows)
@@ -301,7 +301,7 @@ cdef inline void write_strip(
     cdef int n_registers = strip_registers(strip, source), v, j, count
     cdef Py_ssize_t row
     cdef vec[GROUP] values
-    for row in range(strip.n_rows):
+    for row in range(strip.length):
         v = 0
         while v < n_registers:
             count = GROUP if n_registers - v >= GROUP else 1
@@ -312,7 +312,8 @@ cdef inline void write_strip(
             else:
                 finish(values, 1, kind, references + v * REFERENCE, a + v, b + v, c + v, 1)
             for j in range(count):
-                store_columns(<vec*>below(<const vec*>y, row, strip.y_stride), v + j, strip.n_columns, values[j], streaming)
+                store_columns(
+                    <vec*>below(<const vec*>y, row, strip.y_stride), v + j, strip.n_columns, values[j], streaming)
             v += count
 
 
@@ -340,8 +341,8 @@ cdef void softmax_strip(
             highs[v], splat(by_type(FLT_MAX, DBL_MAX, x), x), highs[v], splat(INFINITY - INFINITY, x))
         highs[v] = where_at_most(highs[v], splat(0.0, x), splat(INFINITY - INFINITY, x), highs[v])
         normalize(largest[v], highs[v], lows[v], references + v * REFERENCE, &multipliers[v], &a[v], &b[v])
-    while first < strip.n_rows:
-        chunk = with_rows(strip, min(length, strip.n_rows - first))
+    while first < strip.length:
+        chunk = with_length(strip, min(length, strip.length - first))
         if exponentials != RECOMPUTE and terms_are_usable(
                 strip, states + first // length * strip.n_columns, references, multipliers, c):
             write_strip(
@@ -362,12 +363,13 @@ cdef bint terms_are_usable(
     cdef double offset, exponent
     for v in range(strip_registers(strip, references)):
         c[v] = multipliers[v]
-    if strip.n_rows <= chunk_length(references):
+    if strip.length <= chunk_length(references):
         return True
     for column in range(strip.n_columns):
         v = column // width
         offset = lane(references[v * REFERENCE + OFFSET], column % width)
-        exponent = lane(exponent_of(references + v * REFERENCE), column % width) - floor_log2(get(multipliers, column))
+        exponent = lane(exponent_of(references + v * REFERENCE), column % width)
+        exponent -= floor_log2(get(multipliers, column))
         if not terms_scale_to(states[column], offset, exponent, references):
             return False
         put(c, column, exact_power_of_two(states[column].exponent - exponent))

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from fastsoftmax import _schedule
-from fastsoftmax._dispatch import Function, Plan
+from fastsoftmax._dispatch import ForcedTierError, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Exponentials, Schedule, Traversal
@@ -26,14 +26,13 @@ _FUNCTIONS: dict[Function, int] = {"softmax": 0, "log_softmax": 1, "logsumexp": 
 _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
-# Bytes of each row in a strip (STRIP_BYTES in src_cython/strips.pxi).
-_STRIP_BYTES = 512
-
 # The terms of a row or strip wait in a scratch of up to this share of the last cache level, which threads share. From a
-# 32nd to a quarter the times agree; recomputed, (4096, 4096) float32 on axis 0 takes 28 ms instead of 19.
+# 32nd to a quarter the times agree; recomputed, (4096, 4096) float32 on axis 0 took 28 ms instead of 19 (in strips half
+# as wide as today's).
 _SCRATCH_SHARE = 16
 
-# A call returns to Python after this many bytes of input, so that Ctrl-C is heard within some 10 ms.
+# A call returns to Python between blocks of this many bytes of input, so that Ctrl-C is heard within some 10 ms; but a
+# block is one row at least.
 _MAX_BLOCK_BYTES = 64 * 1024 * 1024
 
 
@@ -62,7 +61,7 @@ def _initial_tier() -> str:
     if not forced:
         return tiers()[0]
     if forced not in tiers():
-        raise ValueError(f"FASTSOFTMAX_ISA must be one of {', '.join(tiers())} on this machine, not {forced!r}")
+        raise ForcedTierError(f"FASTSOFTMAX_ISA must be one of {', '.join(tiers())} on this machine, not {forced!r}")
     return forced
 
 
@@ -120,9 +119,9 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     if layout.has_contiguous_rows:
         traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * layout.itemsize
     elif layout.has_adjacent_rows:
-        n_strips = -(-layout.kept[-1].size * layout.itemsize // _STRIP_BYTES)
+        n_strips = -(-layout.kept[-1].size * layout.itemsize // _kernels.strip_bytes)
         traversal, n_units = "strips", layout.n_rows // layout.kept[-1].size * n_strips
-        unit_bytes = layout.n_cols * _STRIP_BYTES
+        unit_bytes = layout.n_cols * _kernels.strip_bytes
     else:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
     exponentials: Exponentials = "none"

@@ -705,7 +705,8 @@ def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
 
 
 def _schedule(function: Function, layout: Layout) -> Schedule:
-    n_threads = min(max_threads(), max(layout.size // MIN_ELEMENTS_PER_THREAD, 1))
+    n_threads = layout.size // MIN_ELEMENTS_PER_THREAD
+    n_threads = min(n_threads, max_threads()) if n_threads > 1 else 1
     traversal: Traversal = "gather"
     n_units, unit_bytes = layout.n_rows, layout.n_cols * layout.itemsize
     if layout.has_contiguous_rows:
@@ -739,7 +740,7 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
     source, target = _elements(x), _elements(out)
     n_cols, n_blocks, function = layout.n_cols, schedule.n_blocks, _FUNCTIONS[plan.function]
 
-    def run_block(block: int) -> None:
+    def run_block(block: int, alive: tuple[Array, Array] = (x, out)) -> None:  # the views below keep no memory alive
         first, end = n_units * block // n_blocks, n_units * (block + 1) // n_blocks
         kernel(function, source, target, kept, reduced, n_cols, first, end, how, is_stored)
 

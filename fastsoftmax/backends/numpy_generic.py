@@ -30,8 +30,8 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
     kept = tuple(dimension.size for dimension in layout.kept)
     dimensions = layout.kept + layout.reduced
     source = as_strided(x, [d.size for d in dimensions], [d.x_stride for d in dimensions], writeable=False)
-    rows = np.ascontiguousarray(source.reshape(*kept, -1), np.float64 if x.dtype == np.float32 else None)
     with np.errstate(all="ignore"):
+        rows = np.ascontiguousarray(source.reshape(*kept, -1), np.float64 if x.dtype == np.float32 else None)
         if plan.function == "logsumexp":
             out_dimensions = layout.kept
             result = logsumexp_rows(rows)
@@ -121,17 +121,17 @@ def _weighted_rows(a: Array, b: Array) -> tuple[Array, Array]:
     # Each term relative to the largest, which is then 1 and kept out of the sum. Where the factors overflow on the way
     # to a product of at most 1, the product is taken as the exponential of the logarithms' sum.
     terms: Any = (b / b_top) * np.exp(a - a_top)
-    terms = np.where(np.isfinite(terms), terms, (b / b_top) / np.abs(b / b_top) * np.exp(sizes - size_top))
+    terms = np.where(np.isfinite(terms), terms, np.sign(b) / np.sign(b_top) * np.exp(sizes - size_top))
     np.put_along_axis(terms, largest, 0.0, axis=-1)
     rest = terms.sum(axis=-1, keepdims=True)
     total = 1 + rest
     log_sum = size_top + (np.log(np.abs(total)) if np.iscomplexobj(total) else np.log1p(np.maximum(rest, -1)))
     log_sum = np.where(total.real < -0.0, size_top + np.log(np.abs(total)), log_sum)
-    phase_top = b_top / np.abs(b_top) * (np.exp(1j * a_top.imag) if np.iscomplexobj(a) else 1)
+    phase_top = np.sign(b_top) * (np.exp(1j * a_top.imag) if np.iscomplexobj(a) else 1)
     sign = phase_top * (total / np.where(total == 0, 1, np.abs(total)))
 
-    infinite = np.isinf(a.real) & (a.real > 0)
-    signs_of_infinite = np.where(infinite, b / np.abs(b), 0)
+    infinite = np.isposinf(sizes)
+    signs_of_infinite = np.where(infinite, np.sign(b), 0)
     count = infinite.sum(axis=-1, keepdims=True)
     net = signs_of_infinite.sum(axis=-1, keepdims=True)
     log_sum = np.where(count > 0, np.where(np.abs(net) == count, np.inf, np.nan), log_sum)
