@@ -63,15 +63,16 @@ class Layout(NamedTuple):
     @property
     def has_contiguous_rows(self) -> bool:
         """Whether each row is one run of adjacent elements, in the input and in the output."""
-        return len(self.reduced) == 1 and self._is_adjacent(self.reduced[0])
+        row = self.reduced[-1]
+        # The output of logsumexp has one element a row: its stride along the row is 0.
+        return len(self.reduced) == 1 and row.x_stride == self.itemsize and row.y_stride in (self.itemsize, 0)
 
     @property
     def has_adjacent_rows(self) -> bool:
         """Whether neighbouring rows lie side by side, element by element: the reduced axis is not the last one."""
-        return len(self.reduced) == 1 and bool(self.kept) and self._is_adjacent(self.kept[-1])
-
-    def _is_adjacent(self, dimension: Dimension) -> bool:
-        return dimension.x_stride == self.itemsize and dimension.y_stride in (self.itemsize, 0)
+        if len(self.reduced) != 1 or not self.kept:
+            return False
+        return self.kept[-1].x_stride == self.kept[-1].y_stride == self.itemsize
 
 
 def normalize_axes(axis: Any, ndim: int) -> tuple[int, ...]:

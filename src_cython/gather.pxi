@@ -77,7 +77,7 @@ cdef State fold_gathered(const vec* x, const Dimensions* row, Py_ssize_t n, bint
         state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, total.offset)
         total = merge(total, state, apart) if first else state
         first += size
-    return total
+    return within_range(total, x)
 
 
 cdef void softmax_gathered(const vec* x, vec* y, const Dimensions* row, Py_ssize_t n, vec* scratch) noexcept nogil:

@@ -5,7 +5,7 @@ This one source is built once for each instruction-set tier.
 
 cimport numpy as cnp
 from libc.float cimport DBL_MAX, FLT_MAX
-from libc.math cimport INFINITY, exp, fabs, ldexp, log1p, rint
+from libc.math cimport INFINITY, fabs, fma, ldexp, log1p, rint
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 
@@ -100,7 +100,7 @@ def run(
 cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t n_blocks) noexcept nogil:
     """Run one of `n_blocks` equal parts of a job; False if there is no memory for its scratch."""
     cdef Py_ssize_t n = total_size(&job.row), n_units = total_size(&job.kept), n_strips = 1
-    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, unit
+    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, width = 0, unit
     cdef vec* scratch = NULL
     cdef State* states
     if job.traversal == STRIPS:
@@ -108,10 +108,12 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         n_strips = (job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
         n_units = total_size(&job.kept) * n_strips
         n_states *= strip_columns(x)
+        width = min(job.kept.size[job.kept.count] * itemsize(x) + REGISTER_BYTES - 1, <Py_ssize_t>STRIP_BYTES)
     if job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     elif job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
-        scratch_bytes = n * STRIP_BYTES if job.traversal == STRIPS else n * itemsize(x)
+        # Terms in the scratch take whole registers of each row of a strip.
+        scratch_bytes = n * (width if job.traversal == STRIPS else itemsize(x))
     states = <State*>malloc(n_states * sizeof(State))
     scratch = <vec*>malloc(scratch_bytes)
     if states == NULL or (scratch_bytes and scratch == NULL):
@@ -160,7 +162,6 @@ cdef inline void run_strip(
     strip.length = job.row.size[0]
     strip.n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(x))
     strip.x_stride, strip.y_stride = job.row.x_stride[0], job.row.y_stride[0]
-    strip.result_stride = job.kept.y_stride[inner]
     x = <const vec*>(<const char*>x + x_offset + first * itemsize(x))
     y = <vec*>(<char*>y + y_offset + first * job.kept.y_stride[inner])
     if job.function == SOFTMAX:

@@ -99,7 +99,7 @@ cdef inline void accumulate(vec* high, vec* low, vec term, vec residual) noexcep
 cdef inline bint fold_with_reference(
     const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, State* state
 ) noexcept nogil:
-    """Fold a chunk; False, with nothing said, if an element lies above the reference's limit."""
+    """Fold a chunk; False, with `state` untouched and `terms` overwritten, if an element is above the limit."""
     cdef vec top = splat(-INFINITY, x), fill = top, limit = reference[LIMIT], high = splat(0.0, x), low = high
     cdef vec[GROUP] logits, group
     cdef Py_ssize_t width = lanes(x), i = 0, n_full = n // width
@@ -222,13 +222,13 @@ cdef void write_probabilities(
 ) noexcept nogil:
     """Write one chunk of probabilities, from its terms where they are there and have the offset of the whole row."""
     cdef vec[REFERENCE] reference
-    make_reference(splat(total.offset, y), splat(scale.exponent, y), reference)
+    make_reference(splat(total.offset, y), splat(total.exponent, y), reference)
     if terms != NULL and terms_scale_to(chunk, total.offset, scale.exponent, x):
         write_chunk(
             SCALE, terms, y, n, reference, scale.factor, scale.factor_low,
             exact_power_of_two(chunk.exponent - scale.exponent), streaming)
     else:
-        write_chunk(EXP_SCALE, x, y, n, reference, scale.factor, scale.factor_low, 1.0, streaming)
+        write_chunk(EXP_SCALE, x, y, n, reference, scale.factor, scale.factor_low, scale.multiplier, streaming)
 
 
 cdef inline bint terms_scale_to(State chunk, double offset, double exponent, const vec* like) noexcept nogil:
@@ -265,6 +265,7 @@ cdef void softmax_row(
             states[first // length] = state
         total = merge(total, state, False) if first else state
         first += size
+    total = within_range(total, x)
     if not is_regular(total):
         fill_nan(y, n)
         return
@@ -290,7 +291,7 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
         state = fold_chunk(at(x, first), <vec*>NULL, min(length, n - first), False, True, total.offset)
         total = merge(total, state, True) if first else state
         first += length
-    return total
+    return within_range(total, x)
 
 
 cdef void log_softmax_row(const vec* x, vec* y, Py_ssize_t n, bint streaming) noexcept nogil:

@@ -4,7 +4,7 @@
  * what that extension cannot say: memory access, maxima, comparisons, lane permutation, non-temporal stores. The algorithm
  * itself is in the Cython files beside it.
  *
- * Every function exists for both types, T##_name with T = f32v or f64v; the `registers` module gives them one name.
+ * Every function exists for both types, T##_name with T = f32v or f64v; registers.pxi gives them one name.
  */
 #ifndef FASTSOFTMAX_SIMD_H
 #define FASTSOFTMAX_SIMD_H
@@ -25,7 +25,7 @@
 #endif
 
 /* Whether a * b + c is one instruction with one rounding. */
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMA)
 #define HAS_FMA 1
 #else
 #define HAS_FMA 0
@@ -274,7 +274,8 @@ static inline int processor_runs(const char *tier)
 #if defined(__x86_64__)
     __builtin_cpu_init();
     int v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("ssse3");
-    int v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    int v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+             __builtin_cpu_supports("bmi2");
     int v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");

@@ -23,7 +23,6 @@ cdef struct Strip:
     int n_columns          # rows of the layout, side by side; at most STRIP_BYTES // itemsize
     Py_ssize_t x_stride    # bytes from one element of a column to the next
     Py_ssize_t y_stride
-    Py_ssize_t result_stride  # bytes from one column's logsumexp to the next's
 
 
 cdef inline int strip_columns(const vec* like) noexcept nogil:
@@ -276,7 +275,7 @@ cdef void fold_strip(
             put(row_offsets, column, totals[column].offset)
         first += length
     for column in range(strip.n_columns):
-        state = totals[column]
+        state = within_range(totals[column], x)
         leading = to_lane(state.high, x)
         put(highs, column, leading)
         put(lows, column, (state.high - leading) + state.low)
@@ -332,7 +331,7 @@ cdef void softmax_strip(
     cdef Strip chunk
     cdef int v
     if exponentials == IN_SCRATCH:
-        terms, terms_stride = scratch, STRIP_BYTES
+        terms, terms_stride = scratch, strip_registers(strip, x) * REGISTER_BYTES
     fold_strip(
         x, terms, strip, terms_stride, exponentials != RECOMPUTE, False, states, references, largest, highs, lows)
     for v in range(strip_registers(strip, x)):
@@ -392,8 +391,7 @@ cdef void logsumexp_strip(const vec* x, vec* y, Strip strip) noexcept nogil:
     cdef int column
     log_sums_of_strip(x, strip, largest, log_sums)
     for column in range(strip.n_columns):
-        put(<vec*>below(<const vec*>y, column, strip.result_stride), 0,
-            get(<const vec*>largest, column) + log_sums[column])
+        put(y, column, get(<const vec*>largest, column) + log_sums[column])
 
 
 cdef void log_sums_of_strip(const vec* x, Strip strip, vec* largest, double* log_sums) noexcept nogil:

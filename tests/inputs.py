@@ -19,6 +19,21 @@ def _subnormal_results(rng, n, dtype):
     return _one(rng.uniform(smallest - 20, smallest + 5, n), 0)
 
 
+def _rounding_ties(rng, n, dtype):
+    """Values whose product with log2(e) rounds to a number half-way between two integers, below a 40."""
+    log2e = dtype(np.log2(np.e))
+    halves = np.arange(-60, 50) + 0.5
+    near = np.nextafter((halves / np.log2(np.e)).astype(dtype)[:, np.newaxis], dtype([-np.inf, 0, np.inf]), dtype=dtype)
+    ties = near[near * log2e == halves.astype(dtype)[:, np.newaxis]]
+    return _prefix(rng.choice(ties, n), 1, 40)
+
+
+def _straddling(rng, n, dtype):
+    """Values on both sides of where a chunk has an offset, far apart enough for chunks to differ in it."""
+    edge = 1024 if dtype == np.float32 else 16384
+    return _prefix(np.full(n, 1.0 - edge), max(n - 10, 0), -edge - 0.9 - abs(rng.normal(size=max(n - 10, 0))) * 0.1)
+
+
 # Each takes a random generator, a number of elements and a dtype, and returns that many values.
 VALUES = {
     "normal": lambda rng, n, dtype: rng.normal(size=n),
@@ -38,6 +53,8 @@ VALUES = {
     "extremes": lambda rng, n, dtype: rng.choice([-1.0, 1.0], n) * float(np.finfo(dtype).max),
     "subnormal": lambda rng, n, dtype: rng.normal(size=n) * float(np.finfo(dtype).smallest_subnormal) * 100,
     "subnormal results": _subnormal_results,
+    "rounding ties": _rounding_ties,
+    "straddling an offset": _straddling,
 }
 NON_FINITE_VALUES = {
     "one nan": lambda rng, n, dtype: _one(rng.normal(size=n), np.nan),

@@ -121,7 +121,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     elif layout.has_adjacent_rows:
         n_strips = -(-layout.kept[-1].size * layout.itemsize // _kernels.strip_bytes)
         traversal, n_units = "strips", layout.n_rows // layout.kept[-1].size * n_strips
-        unit_bytes = layout.n_cols * _kernels.strip_bytes
+        unit_bytes = layout.n_cols * min(layout.kept[-1].size * layout.itemsize, _kernels.strip_bytes)
     else:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
     exponentials: Exponentials = "none"
