@@ -269,13 +269,13 @@ def _logsumexp_weighted(
 
 def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> np.dtype[Any]:
     """Return the dtype that a and b combine to; a Python number takes that of the other, as everywhere in NumPy."""
-    kinds = (bool, int, float, complex)
     operands = [
-        value if type(value) in kinds else _dtypes(array.dtype, "logsumexp")[1]
+        value if type(value) is complex else _dtypes(array.dtype, "logsumexp")[1]
         for value, array in ((a, terms), (b, factors))
+        if type(value) not in (bool, int, float)
     ]
     try:
-        return np.result_type(*operands)
+        return np.result_type(*operands or [_FLOAT64])
     except TypeError:
         raise TypeError(f"b of dtype {factors.dtype} does not combine with a of dtype {terms.dtype}") from None
 

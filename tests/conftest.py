@@ -90,20 +90,37 @@ def rng():
     return np.random.default_rng(20180508)
 
 
+def run_python(code, environment):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("FASTSOFTMAX")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=120,
+    )
+
+
 @pytest.fixture
 def python():
-    """Run code in a process of its own; return what it printed, or the last line of its error."""
+    """Run code in a process of its own, which must succeed; return what it printed."""
 
     def run(code, **environment):
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("FASTSOFTMAX")}
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code],
-            env=inherited | environment,
-            capture_output=True,
-            check=False,
-            text=True,
-            timeout=120,
-        )
-        return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+        done = run_python(code, environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
+
+
+@pytest.fixture
+def python_error():
+    """Run code in a process of its own, which must fail; return the last line of its error."""
+
+    def run(code, **environment):
+        done = run_python(code, environment)
+        assert done.returncode == 1, done.stdout + done.stderr
+        return done.stderr.strip().splitlines()[-1]
 
     return run

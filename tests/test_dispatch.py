@@ -19,6 +19,7 @@ FLOAT64 = np.dtype(np.float64)
 def nothing_forced(monkeypatch):
     """Take back what the environment of the test run forces."""
     monkeypatch.setattr(_dispatch, "_environment_choice", None)
+    monkeypatch.delenv("FASTSOFTMAX_ISA", raising=False)
 
 
 @pytest.fixture
@@ -118,6 +119,29 @@ def test_numba_is_not_loaded_for_small_arrays_where_cython_is_missing(monkeypatc
 def test_automatic_choice_falls_back():
     assert available_backends() == ("numpy",)
     assert backends_of(lambda: softmax(np.ones(100_000))) == ["numpy"]
+
+
+@pytest.mark.usefixtures("nothing_forced")
+@pytest.mark.parametrize(
+    ("exception", "message"),
+    [
+        (ValueError, "numpy.dtype size changed, may indicate binary incompatibility"),
+        (OSError, "libomp.so.5: cannot open shared object file"),
+        (AttributeError, "_ARRAY_API not found"),
+    ],
+)
+def test_automatic_choice_passes_over_a_module_that_cannot_load(monkeypatch, tmp_path, exception, message):
+    module = f"broken_by_{exception.__name__}"
+    (tmp_path / f"{module}.py").write_text(f"raise {exception.__name__}({message!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = Backend("broken", module, BACKENDS[0].dtypes)
+    monkeypatch.setattr(_dispatch, "BACKENDS", (broken, BACKENDS[-1]))
+    monkeypatch.setitem(_dispatch._by_name, "broken", broken)
+    assert unavailable_reason(broken) == message
+    assert available_backends() == ("numpy",)
+    assert backends_of(lambda: softmax([1.0, 2.0])) == ["numpy"]
+    with pytest.raises(BackendUnavailableError, match=f"backend 'broken' is not available: {message}"):
+        softmax([1.0, 2.0], backend="broken")
 
 
 # Forcing
@@ -233,16 +257,15 @@ print(plans[0].backend, plans[0].isa)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_environment_forces_a_backend(python, name):
-    ran = python(WHAT_RAN, FASTSOFTMAX_BACKEND=name)
+def test_environment_forces_a_backend(python, python_error, name):
     if name in available_backends():
-        assert ran.split()[0] == name
+        assert python(WHAT_RAN, FASTSOFTMAX_BACKEND=name).split()[0] == name
     else:
-        assert "BackendUnavailableError" in ran
+        assert "BackendUnavailableError" in python_error(WHAT_RAN, FASTSOFTMAX_BACKEND=name)
 
 
-def test_environment_with_an_unknown_backend(python):
-    assert python(WHAT_RAN, FASTSOFTMAX_BACKEND="fortran") == (
+def test_environment_with_an_unknown_backend(python_error):
+    assert python_error(WHAT_RAN, FASTSOFTMAX_BACKEND="fortran") == (
         "ValueError: FASTSOFTMAX_BACKEND must be one of 'cython', 'numba', 'numpy', not 'fortran'"
     )
 
@@ -268,18 +291,29 @@ def test_without_the_environment_the_best_tier_runs(python):
     assert python(WHAT_RAN) == f"cython {compiled_tiers()[0]}"
 
 
-def test_environment_with_an_unknown_tier(python):
-    tiers = compiled_tiers()
-    answer = python(WHAT_RAN, FASTSOFTMAX_ISA="sse9")
-    assert "sse9" in answer
-    assert all(tier in answer for tier in tiers)
+def test_environment_with_an_unknown_tier(python, python_error):
+    message = f"FASTSOFTMAX_ISA must be one of {', '.join(compiled_tiers())} on this machine, not 'sse9'"
+    caught = WHAT_RAN.replace("softmax([1.0, 2.0])", "softmax([1.0] * {size})")
+    for size in (2, 100_000):  # the second would suit Numba too
+        assert python_error(caught.format(size=size), FASTSOFTMAX_ISA="sse9").endswith(f"Error: {message}")
+    code = f"""
+import fastsoftmax
+try:
+    fastsoftmax.softmax([1.0, 2.0])
+except ValueError as error:
+    print(error)
+print(*fastsoftmax.available_backends())
+{WHAT_RAN.replace("[1.0, 2.0]", "[1.0, 2.0], backend='numpy'")}
+"""
+    others = " ".join(name for name in available_backends() if name != "cython")
+    assert python(code, FASTSOFTMAX_ISA="sse9").splitlines() == [message, others, "numpy None"]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
-def test_environment_with_a_bad_number_of_threads(python, value):
+def test_environment_with_a_bad_number_of_threads(python_error, value):
     code = "import fastsoftmax, numpy; fastsoftmax.softmax(numpy.ones(10**6))"
     if available_backends() == ("numpy",):
         pytest.skip("only kernels use threads")
-    assert python(code, FASTSOFTMAX_NUM_THREADS=value) == (
+    assert python_error(code, FASTSOFTMAX_NUM_THREADS=value) == (
         f"ValueError: FASTSOFTMAX_NUM_THREADS must be a positive integer, not '{value}'"
     )

@@ -73,6 +73,12 @@ def test_float16_of_every_layout(backend):
     assert softmax(np.asfortranarray(x), 0).flags.f_contiguous
 
 
+@pytest.mark.parametrize("name", ["float8_e5m2", "float8_e4m3fn", "int4"])
+def test_what_ml_dtypes_adds_beside_bfloat16_is_refused_by_name(backend, function, name):
+    with pytest.raises(TypeError, match=f"must hold numbers, not {name}"):
+        getattr(fastsoftmax, function)(np.zeros(3, getattr(ml_dtypes, name)))
+
+
 # Served by the NumPy backend, chosen by the dtype alone
 
 

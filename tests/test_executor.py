@@ -1,12 +1,14 @@
 """Blocks on threads: each once, errors raised and not swallowed, and a working pool in a forked child."""
 
 import os
+import signal
 import threading
 import time
 from collections import Counter
 
 import pytest
 
+import fastsoftmax
 from fastsoftmax import _executor
 from fastsoftmax._executor import run_blocks
 
@@ -71,6 +73,67 @@ def test_an_exception_stops_the_other_blocks_and_is_raised(exception, in_caller)
     after = []
     run_blocks(after.append, 10, 2)
     assert len(after) == 10
+
+
+@pytest.fixture
+def interruptible():
+    """Let SIGINT raise KeyboardInterrupt here, even where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("in_its_block", "in_its_wait"), [(1, 0), (0, 1), (0, 3), (1, 3)])
+def test_an_interrupted_caller_waits_for_the_block_of_a_helper(monkeypatch, in_its_block, in_its_wait):
+    """The helper's block ends only when the caller, after so many interrupts, waits for it once more."""
+    caller, wait, interrupts = threading.current_thread(), _executor.wait, [signal.SIGINT] * in_its_wait
+    barrier, waiting, started, finished = threading.Barrier(2, timeout=30), threading.Event(), [], []
+
+    def interrupted_wait(helpers):
+        if interrupts:
+            signal.raise_signal(interrupts.pop())
+        waiting.set()
+        return wait(helpers)
+
+    def run(block):
+        started.append(block)
+        barrier.wait()  # both threads are at work
+        if threading.current_thread() is caller:
+            if in_its_block:
+                signal.raise_signal(signal.SIGINT)
+        else:
+            assert waiting.wait(10)
+        finished.append(block)
+
+    monkeypatch.setattr(_executor, "wait", interrupted_wait)
+    with pytest.raises(KeyboardInterrupt):
+        run_blocks(run, 100 if in_its_block else 2, 2)
+    assert sorted(started) == [0, 1]
+    assert len(finished) == 2 - in_its_block
+
+
+@pytest.mark.parametrize("earlier_size", [10, 400_000], ids=["no threads before", "threads before"])
+def test_a_call_for_threads_when_the_interpreter_starts_none_any_more(python, earlier_size):
+    kernels = [name for name in fastsoftmax.available_backends() if name != "numpy"]
+    if not kernels:
+        pytest.skip("only kernels use threads")
+    code = f"""
+import atexit
+import numpy as np
+import fastsoftmax
+
+def call(size):
+    with fastsoftmax.record_plans() as plans:
+        total = fastsoftmax.softmax(np.ones((2, size // 2)), 1, backend={kernels[0]!r}).sum()
+    print(plans[0].schedule.n_threads, round(total))
+
+call({earlier_size})
+atexit.register(call, 400_000)
+"""
+    earlier, at_exit = python(code, FASTSOFTMAX_NUM_THREADS="2").splitlines()
+    assert earlier == ("1 2" if earlier_size == 10 else "2 2")
+    assert at_exit == "2 2"
 
 
 def test_exceptions_of_a_single_thread():

@@ -52,8 +52,8 @@ def test_public_names(python):
     assert version[0].isdigit()
 
 
-def test_unknown_attributes(python):
-    assert python("import fastsoftmax; fastsoftmax.nothing") == (
+def test_unknown_attributes(python_error):
+    assert python_error("import fastsoftmax; fastsoftmax.nothing") == (
         "AttributeError: module 'fastsoftmax' has no attribute 'nothing'"
     )
 
@@ -71,10 +71,25 @@ def test_the_package_works_without(python, blocked, unavailable):
 
 
 @pytest.mark.parametrize(("blocked", "name"), [(KERNELS, "cython"), ("numba", "numba")])
-def test_what_is_missing_is_named_when_it_is_forced(python, blocked, name):
-    answer = python(
+def test_what_is_missing_is_named_when_it_is_forced(python_error, blocked, name):
+    answer = python_error(
         BLOCK.format(blocked=(blocked,)) + f"import fastsoftmax; fastsoftmax.softmax([1.0], backend={name!r})"
     )
     assert answer.startswith("fastsoftmax._dispatch.BackendUnavailableError: ")
     assert blocked in answer
     assert "'numpy'" in answer
+
+
+def test_a_forced_tier_without_the_extension_is_an_error(python):
+    code = """
+import fastsoftmax
+for size in (2, 100_000):
+    try:
+        fastsoftmax.softmax([1.0] * size)
+    except ValueError as error:
+        print(error)
+print(*fastsoftmax.available_backends())
+"""
+    message = f"backend 'cython' is not available: No module named '{KERNELS}_portable'"
+    printed = python(BLOCK.format(blocked=(KERNELS, "numba")) + code, FASTSOFTMAX_ISA="x86_64_v3")
+    assert printed.splitlines() == [f"FASTSOFTMAX_ISA is 'x86_64_v3', but {message}"] * 2 + ["numpy"]

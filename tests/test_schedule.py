@@ -1,12 +1,21 @@
-"""The facts a schedule is chosen from: the number of threads and the sizes of the caches."""
+"""The facts a schedule is chosen from, the choice itself, and that no result depends on it."""
 
 import dataclasses
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fastsoftmax._schedule import Schedule, cache_sizes, max_threads
+import fastsoftmax
+from fastsoftmax import _schedule
+from fastsoftmax._layout import Dimension, Layout
+from fastsoftmax._schedule import Caches, Schedule, cache_sizes, max_threads
+
+from . import inputs
+
+TIERS = ["cython-portable", "cython-x86_64_v2", "cython-x86_64_v3", "cython-x86_64_v4"]
 
 
 def test_a_schedule_is_a_value():
@@ -54,3 +63,153 @@ def test_cache_sizes_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/nonexistent/index0")]))
     caches = cache_sizes.__wrapped__()
     assert (caches.private, caches.last_level) == (512 * 1024, 8 * 1024 * 1024)
+
+
+# The choice of the compiled backend
+
+
+def contiguous_rows(n_rows, n_cols, itemsize=4):
+    step = n_cols * itemsize
+    return Layout((Dimension(n_rows, step, step),), (Dimension(n_cols, itemsize, itemsize),), itemsize)
+
+
+def adjacent_rows(outer, n_cols, inner, itemsize=4):
+    step = inner * itemsize
+    outermost = Dimension(outer, n_cols * step, n_cols * step)
+    return Layout((outermost, Dimension(inner, itemsize, itemsize)), (Dimension(n_cols, step, step),), itemsize)
+
+
+def stepped_rows(n_rows, n_cols, itemsize=4):
+    step = n_cols * itemsize
+    return Layout((Dimension(n_rows, 2 * step, step),), (Dimension(n_cols, 2 * itemsize, itemsize),), itemsize)
+
+
+# With caches of 1 and 32 MiB, up to 8 threads, float32 if no itemsize is given. In this order: small calls; large ones;
+# those that leave the cache, their scratch at its limit of 2 MiB and beyond it; calls in place; strips, which hold up
+# to 512 bytes of each row.
+@pytest.mark.parametrize(
+    ("function", "layout", "in_place", "schedule"),
+    [
+        ("softmax", contiguous_rows(64, 1000), False, Schedule("rows", "output")),
+        ("log_softmax", contiguous_rows(64, 1000), False, Schedule("rows", "none")),
+        ("logsumexp", contiguous_rows(64, 1000), False, Schedule("rows", "none")),
+        ("softmax", adjacent_rows(20, 300, 40), False, Schedule("strips", "output")),
+        ("softmax", stepped_rows(64, 1000), False, Schedule("gather", "recompute")),
+        ("softmax", contiguous_rows(2, 131_071), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(2, 131_072), False, Schedule("rows", "output", n_threads=2, n_blocks=2)),
+        ("softmax", contiguous_rows(1024, 1024), False, Schedule("rows", "output", n_threads=8, n_blocks=32)),
+        ("softmax", contiguous_rows(1024, 384), False, Schedule("rows", "output", n_threads=3, n_blocks=12)),
+        ("softmax", contiguous_rows(1, 1 << 20), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(4096, 1024), False, Schedule("rows", "output", False, 8, 32)),
+        ("softmax", contiguous_rows(4097, 1024), False, Schedule("rows", "scratch", True, 8, 32)),
+        ("softmax", contiguous_rows(2049, 1024, 8), False, Schedule("rows", "scratch", True, 8, 32)),
+        ("log_softmax", contiguous_rows(4097, 1024), False, Schedule("rows", "none", True, 8, 32)),
+        ("logsumexp", contiguous_rows(4097, 1024), False, Schedule("rows", "none", False, 8, 32)),
+        ("softmax", contiguous_rows(16, 1 << 19), False, Schedule("rows", "scratch", True, 8, 16)),
+        ("softmax", contiguous_rows(16, 1 + (1 << 19)), False, Schedule("rows", "recompute", True, 8, 16)),
+        ("softmax", contiguous_rows(1 << 20, 1024), False, Schedule("rows", "scratch", True, 8, 64)),
+        ("softmax", stepped_rows(4097, 1024), False, Schedule("gather", "recompute", False, 8, 32)),
+        ("log_softmax", stepped_rows(4097, 1024), False, Schedule("gather", "none", False, 8, 32)),
+        ("softmax", contiguous_rows(64, 1000), True, Schedule("rows", "scratch")),
+        ("softmax", contiguous_rows(1, 1 << 20), True, Schedule("rows", "recompute")),
+        ("log_softmax", contiguous_rows(64, 1000), True, Schedule("rows", "none")),
+        ("softmax", adjacent_rows(20, 300, 40), True, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(1, 4096, 128), True, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(1, 4097, 128), True, Schedule("strips", "recompute")),
+        ("softmax", adjacent_rows(1, 13_107, 40), True, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(1, 13_108, 40), True, Schedule("strips", "recompute")),
+        ("softmax", adjacent_rows(1, 4096, 4096), False, Schedule("strips", "scratch", True, 8, 32)),
+        ("softmax", adjacent_rows(1, 4097, 4096), False, Schedule("strips", "recompute", True, 8, 32)),
+        ("softmax", adjacent_rows(1, 4096, 4096, 8), False, Schedule("strips", "scratch", True, 8, 32)),
+        ("softmax", adjacent_rows(1, 4096, 300), False, Schedule("strips", "output", False, 3, 3)),
+        ("softmax", adjacent_rows(2, 2048, 300), False, Schedule("strips", "output", False, 6, 6)),
+        ("logsumexp", adjacent_rows(1, 4096, 4096), False, Schedule("strips", "none", False, 8, 32)),
+    ],
+)
+def test_compiled_schedules(monkeypatch, function, layout, in_place, schedule):
+    compiled = pytest.importorskip("fastsoftmax.backends.compiled", exc_type=ImportError)
+    monkeypatch.setattr(_schedule, "cache_sizes", lambda: Caches(1 << 20, 32 << 20))
+    assert compiled.make_schedule(function, layout, in_place, 8) == schedule
+
+
+def test_one_thread_returns_to_python_after_each_64_mib():
+    compiled = pytest.importorskip("fastsoftmax.backends.compiled", exc_type=ImportError)
+    for n_rows, n_blocks in ((4096, 1), (4097, 2), (8192, 2), (8193, 3)):
+        schedule = compiled.make_schedule("logsumexp", contiguous_rows(n_rows, 4096), False, 1)
+        assert (schedule.n_threads, schedule.n_blocks) == (1, n_blocks)
+
+
+# Its results
+
+
+@contextmanager
+def caches_of(private, last_level):
+    from fastsoftmax.backends import compiled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_schedule, "cache_sizes", lambda: Caches(private, last_level))
+        compiled._serial_plan.cache_clear()  # plans are remembered, as caches never change
+        try:
+            yield
+        finally:
+            compiled._serial_plan.cache_clear()
+
+
+def run(function, x, axis, out):
+    with fastsoftmax.record_plans() as plans:
+        getattr(fastsoftmax, function)(x, axis, out=out)
+    return out.copy(), plans[0].schedule
+
+
+def placed(shape, dtype, offset):
+    """Return an array whose memory begins so many elements after the beginning of a cache line."""
+    itemsize = np.dtype(dtype).itemsize
+    room = np.empty(np.prod(shape) * itemsize + 128, np.uint8)
+    first = -room.ctypes.data % 64 + offset * itemsize
+    return room[first : first + np.prod(shape) * itemsize].view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("backend", TIERS, indirect=True)
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "traversal", "streaming", "waiting"),
+    [
+        ((80, 512), 1, "rows", True, "scratch"),
+        ((80, 501), 1, "rows", True, "scratch"),
+        ((600, 501), 1, "rows", True, "scratch"),  # on two threads
+        ((3, 16_500), 1, "rows", True, "recompute"),
+        ((4, 500), 1, "rows", False, "scratch"),
+        ((2, 1500), 1, "rows", False, "recompute"),
+        ((8, 4096), 0, "strips", True, "scratch"),
+        ((3, 7, 1003), 1, "strips", True, "scratch"),
+        ((3, 90, 192), 1, "strips", True, "recompute"),
+        ((9001, 21), 0, "strips", True, "recompute"),
+        ((8, 70), 0, "strips", False, "scratch"),
+        ((20, 70), 0, "strips", False, "recompute"),
+        ((20, 30, 41), (0, 2), "gather", False, "recompute"),
+    ],
+)
+def test_results_do_not_depend_on_the_schedule(
+    backend, monkeypatch, function, dtype, shape, axis, traversal, streaming, waiting
+):
+    """With caches so small that this data leaves them, the bits are those of large ones, in place or not."""
+    monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "2")
+    waiting_in_output = waiting if streaming or traversal == "gather" else "output"
+    for kind in ("wide", "ascending", "masked by -inf", "offset", "one nan"):
+        x = inputs.values(kind, shape, dtype)
+        with caches_of(1 << 20, 1 << 30):
+            expected, natural = run(function, x, axis, np.empty_like(x))
+        assert natural.exponentials in ("output", "none") or traversal == "gather"
+        assert not natural.streaming
+        with caches_of(1 << 14, 1 << 16):
+            for offset in (0, 1):
+                out = placed(shape, dtype, offset)
+                result, schedule = run(function, x, axis, out)
+                assert (schedule.traversal, schedule.streaming) == (traversal, streaming)
+                assert schedule.exponentials == (waiting_in_output if function == "softmax" else "none")
+                np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8))
+                out[...] = x
+                result, schedule = run(function, out, axis, out)
+                assert (schedule.traversal, schedule.streaming) == (traversal, streaming)
+                assert schedule.exponentials == (waiting if function == "softmax" else "none")
+                np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8))

@@ -2,6 +2,7 @@
 
 import inspect
 
+import ml_dtypes
 import numpy as np
 import pytest
 import scipy.special
@@ -100,6 +101,13 @@ def test_weighted_logsumexp_with_sign(call):
         ([1000, 1000], [0.5, 0.5], 1000, 1),
         ([0, -800], [1, -1], 0, 1),
         ([], [], -np.inf, 0),
+        ([1, 2], [-np.inf, 1], np.inf, -1),
+        ([1, 2], [np.inf, 1], np.inf, 1),
+        ([1, 2], [np.inf, -np.inf], np.nan, np.nan),
+        ([1, 2], [np.inf, 0], np.inf, 1),
+        ([np.inf, 2], [np.inf, 1], np.inf, 1),
+        ([np.inf, 2], [-np.inf, 1], np.inf, -1),
+        ([-np.inf, 2], [np.inf, 1], np.nan, np.nan),
     ],
 )
 def test_weights(a, b, total, sign):
@@ -126,3 +134,36 @@ def test_weighted_out(dtype):
     out = np.empty(3, dtype)
     assert fastsoftmax.logsumexp(a, 1, b, out=out) is out
     np.testing.assert_allclose(out, 1 + np.log(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "b", [2, 2.0, True, 2j, np.float32(2), np.float64(2), np.array([2.0]), np.array([2])], ids=repr
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.complex64])
+def test_dtype_of_a_weighted_sum(dtype, b):
+    a = np.array([1, 0], dtype)
+    ours, theirs = fastsoftmax.logsumexp(a, b=b), scipy.special.logsumexp(a, b=b)
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_allclose(ours, theirs, rtol=4 * np.finfo(ours.dtype).eps)
+
+
+def test_a_python_number_as_weight_leaves_out_its_dtype():
+    out = np.empty(3, np.float32)
+    assert fastsoftmax.logsumexp(np.ones((3, 4), np.float32), 1, 2.0, out=out) is out
+    np.testing.assert_allclose(out, 1 + np.log(8), rtol=1e-6)
+    with pytest.raises(TypeError, match="out must have dtype float64, not float32"):
+        fastsoftmax.logsumexp(np.ones((3, 4), np.float32), 1, np.full(4, 2.0), out=out)
+
+
+def test_weights_of_bfloat16():
+    a = np.array([1, 0], ml_dtypes.bfloat16)
+    for b, dtype in (
+        ([2, 3], np.float64),
+        (np.array([2, 3], np.float32), np.float32),
+        (np.array([2, 3], a.dtype), a.dtype),
+    ):
+        result = fastsoftmax.logsumexp(a, b=b)
+        assert result.dtype == dtype
+        np.testing.assert_allclose(result.astype(float), np.log(2 * np.e + 3), rtol=ml_dtypes.finfo(dtype).eps)
+    with pytest.raises(TypeError, match="b of dtype float16 does not combine with a of dtype bfloat16"):
+        fastsoftmax.logsumexp(a, b=np.array([2, 3], np.float16))
