@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from itertools import count
 from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -42,9 +46,10 @@ def run_blocks(run: Callable[[int], object], n_blocks: int, n_threads: int) -> N
             stopped = True
             raise
 
-    pool, helpers = _get_pool(helpers_wanted), []
+    helpers: list[Future[None]] = []
     try:
         with suppress(RuntimeError):  # the interpreter is ending and starts no threads: the caller does all the work
+            pool = _get_pool(helpers_wanted)
             for _ in range(helpers_wanted):
                 helpers.append(pool.submit(work))
         work()
@@ -70,6 +75,8 @@ def _wait_for(helpers: Iterable[Future[None]]) -> None:
 
 
 def _get_pool(size: int) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # not above: its import fails while the interpreter is ending
+
     global _pool, _pool_size
     with _pool_lock:
         if _pool is None or _pool_size < size:
