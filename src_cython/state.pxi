@@ -281,11 +281,7 @@ cdef inline void normalize(
     so that the smallest subnormal probability comes from a normal term and is rounded once; the rest is its reciprocal.
     """
     cdef vec total, rest
-    # The largest term is below 1.5 times its power of two. Where the sum is not, no element dominates, and short rows
-    # are spared the exponential of the maximum: 12 ns of 80.
-    cdef vec magnitude = power_of_two((largest - reference[OFFSET]) * splat(LOG2_E, &high) + reference[MAGIC])
-    if any_greater(magnitude * splat(1.5, &high), high):
-        settle_dominated(largest, &high, &low, reference)
+    settle_ties(largest, &high, &low, reference)
     multiplier[0] = raise_to(high, <int>by_type(64.0, 100.0, &high))
     high, low = high * multiplier[0], low * multiplier[0]
     total = high + low
@@ -294,17 +290,29 @@ cdef inline void normalize(
     factor_low[0] = factor[0] * (minus_product(splat(1.0, &total), factor[0], total) - factor[0] * rest)
 
 
-cdef inline void settle_dominated(vec largest, vec* high, vec* low, const vec* reference) noexcept nogil:
-    """Make the probability of an element that is all of its row's sum exactly 1.
+cdef inline void settle_ties(vec largest, vec* high, vec* low, const vec* reference) noexcept nogil:
+    """Make the probability exactly 1 / m where a row is m equal elements and others too small to matter.
 
-    Its term is rounded and the sum is not, so their quotient may be a neighbour of 1. Where the other elements are less
-    than a quarter of an ULP together, the sum is brought within a quarter of an ULP of the term.
+    Terms are rounded and the sum is not, so their quotient may be a neighbour of 1 / m. The sum is set to m terms if it
+    is that many unrounded ones to far more digits than chance would have it. An element that is alone (m = 1) needs
+    less: where the others are below a quarter of an ULP together, the sum is brought within a quarter of the term.
     """
-    cdef vec top, top_low, bound, others
+    cdef vec zero = splat(0.0, &largest), rounder = splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &largest), &largest)
+    cdef vec top, top_low, bound, others, m, distance, tied, tied_low
     scaled_exp(&largest, &top, &top_low, 1, reference, 0)
     bound = top * splat(by_type(0.9 * 2.0**-25, 0.9 * 2.0**-54, &top), &top)
     others = (high[0] - top) + (low[0] - top_low)
-    low[0] = where_at_most(others, bound, maximum(splat(0.0, &top) - bound, minimum(bound, top_low + others)), low[0])
+    m = (high[0] / top + rounder) - rounder
+    distance = minus_product(high[0], m, top) + minus_product(low[0], m, top_low)
+    distance = maximum(distance, zero - distance)
+    tied = m * top
+    tied_low = zero - minus_product(tied, m, top)
+    # Beyond 4096 the digits of the sum no longer rule out chance; NaN keeps what is there.
+    distance = where_at_most(m, splat(4096.0, &m), distance, splat(INFINITY, &m))
+    m = high[0] * splat(by_type(2.0**-32, 2.0**-88, &m), &m)
+    low[0] = where_at_most(distance, m, tied_low, low[0])
+    high[0] = where_at_most(distance, m, tied, high[0])
+    low[0] = where_at_most(others, bound, maximum(zero - bound, minimum(bound, top_low + others)), low[0])
     high[0] = where_at_most(others, bound, top, high[0])
 
 

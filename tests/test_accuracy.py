@@ -210,3 +210,15 @@ def test_any_number_of_threads_gives_the_same_bits(backend, function, dtype, sha
             assert plans[0].schedule.n_threads == (n_threads if backend.has_kernels else 1)
     np.testing.assert_array_equal(results[1], results[2])
     np.testing.assert_array_equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("n_ties", [1, 2, 3, 7, 100, 1000, 4096])
+def test_equal_logits_share_exactly(backend, dtype, rng, n_ties):
+    """Also where others lie so far below that they do not matter."""
+    if backend.name != "cython":
+        pytest.skip(f"backend {backend.name!r} keeps its bound only: 1 / m may be off by an ULP")
+    logits = (rng.normal(size=20) * 30).astype(dtype)[:, np.newaxis]
+    for others in (0, 3):
+        x = np.concatenate([np.repeat(logits, n_ties, axis=1), np.full((20, others), -np.inf, dtype)], axis=1)
+        for result in (fastsoftmax.softmax(x, axis=1), fastsoftmax.softmax(np.asfortranarray(x), axis=1)):
+            assert np.all(result[:, :n_ties] == dtype(1) / dtype(n_ties))
