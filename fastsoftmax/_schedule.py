@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-Traversal = Literal["rows", "strips", "gather", "array"]
+Traversal = Literal["rows", "tiles", "strips", "gather", "array"]
 Exponentials = Literal["output", "scratch", "recompute", "none"]
 
 
@@ -23,10 +23,10 @@ class Schedule:
 
     Parameters
     ----------
-    traversal : {"rows", "strips", "gather", "array"}
-        ``rows``: one contiguous row after the other. ``strips``: bands of adjacent rows, for a reduced axis that is
-        not the last. ``gather``: rows of any other stride, collected a chunk at a time. ``array``: the whole array at
-        once, in NumPy expressions.
+    traversal : {"rows", "tiles", "strips", "gather", "array"}
+        ``rows``: one contiguous row after the other. ``tiles``: many short rows side by side. ``strips``: bands of
+        adjacent rows, for a reduced axis that is not the last. ``gather``: rows of any other stride, collected a chunk
+        at a time. ``array``: the whole array at once, in NumPy expressions.
     exponentials : {"output", "scratch", "recompute", "none"}
         Where exp(x) waits for the sum: in the output itself, in a cache-sized scratch, nowhere (the second pass
         computes it again), or it is never needed.

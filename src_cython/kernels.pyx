@@ -27,6 +27,9 @@ cdef enum Traversal:
     ROWS
     STRIPS
     GATHER
+    TILES
+
+include "tiles.pxi"
 
 
 cdef struct Job:
@@ -100,7 +103,7 @@ def run(
 cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t n_blocks) noexcept nogil:
     """Run one of `n_blocks` equal parts of a job; False if there is no memory for its scratch."""
     cdef Py_ssize_t n = total_size(&job.row), n_units = total_size(&job.kept), n_strips = 1
-    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, width = 0, unit
+    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, width = 0, unit, first
     cdef vec* scratch = NULL
     cdef State* states
     if job.traversal == STRIPS:
@@ -109,8 +112,12 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         n_units = total_size(&job.kept) * n_strips
         n_states *= strip_columns(x)
         width = min(job.kept.size[job.kept.count] * itemsize(x) + REGISTER_BYTES - 1, <Py_ssize_t>STRIP_BYTES)
+    elif job.traversal == TILES:
+        n_units = (n_units + strip_columns(x) - 1) // strip_columns(x)
     if job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
+    elif job.traversal == TILES:
+        scratch_bytes = tile_bytes(n)
     elif job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
         # Terms in the scratch take whole registers of each row of a strip.
         scratch_bytes = n * (width if job.traversal == STRIPS else itemsize(x))
@@ -123,6 +130,10 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     for unit in range(n_units * block // n_blocks, n_units * (block + 1) // n_blocks):
         if job.traversal == STRIPS:
             run_strip(x, y, job, unit // n_strips, unit % n_strips, scratch, states)
+        elif job.traversal == TILES:
+            first = unit * strip_columns(x)
+            run_tile(
+                x, y, job.function, &job.kept, first, <int>min(total_size(&job.kept) - first, strip_columns(x)), n, scratch)
         else:
             run_row(x, y, job, unit, n, scratch, states)
     if job.streaming:

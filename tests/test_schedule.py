@@ -93,6 +93,10 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(64, 1000), False, Schedule("rows", "output")),
         ("log_softmax", contiguous_rows(64, 1000), False, Schedule("rows", "none")),
         ("logsumexp", contiguous_rows(64, 1000), False, Schedule("rows", "none")),
+        ("softmax", contiguous_rows(16, 48), False, Schedule("tiles", "scratch")),
+        ("softmax", contiguous_rows(15, 48), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 49), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(1_000_000, 10), True, Schedule("tiles", "scratch", False, 8, 32)),
         ("softmax", adjacent_rows(20, 300, 40), False, Schedule("strips", "output")),
         ("softmax", stepped_rows(64, 1000), False, Schedule("gather", "recompute")),
         ("softmax", contiguous_rows(2, 131_071), False, Schedule("rows", "output")),
@@ -213,3 +217,20 @@ def test_results_do_not_depend_on_the_schedule(
                 assert (schedule.traversal, schedule.streaming) == (traversal, streaming)
                 assert schedule.exponentials == (waiting if function == "softmax" else "none")
                 np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize("n_cols", [1, 2, 7, 16, 33, 48])
+@pytest.mark.parametrize("kind", ["normal", "wide", "anything", "lowest first", "straddling an offset"])
+def test_a_tile_gives_each_row_the_bits_it_has_alone(backend, function, dtype, n_cols, kind):
+    if backend.name != "cython":
+        pytest.skip(f"backend {backend.name!r} has no tiles")
+    compute = getattr(fastsoftmax, function)
+    x = np.array([inputs.values(kind, (n_cols,), dtype, seed) for seed in range(150)])
+    with fastsoftmax.record_plans() as plans:
+        together = compute(x, axis=1)
+        alone = np.array([compute(row) for row in x])
+    assert [plan.schedule.traversal for plan in plans] == ["tiles"] + ["rows"] * len(x)
+    np.testing.assert_array_equal(together, alone)
+    if function != "logsumexp":
+        compute(x, axis=1, out=x)
+        np.testing.assert_array_equal(x, alone)

@@ -23,13 +23,18 @@ TIERS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "portable")
 
 # The numbers by which the kernels know their choices: the enumerations in src_cython.
 _FUNCTIONS: dict[Function, int] = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
-_TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2}
+_TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
 # The terms of a row or strip wait in a scratch of up to this share of the last cache level, which threads share. From a
 # 32nd to a quarter the times agree; recomputed, (4096, 4096) float32 on axis 0 took 28 ms instead of 19 (in strips half
 # as wide as today's).
 _SCRATCH_SHARE = 16
+
+# Rows of up to this many elements are computed side by side if there are at least so many: 16 rows of 40 float32 take
+# 1.3 us instead of 1.8, a million of 10 take 15 ms instead of 93; at 64 columns float64 loses.
+_MAX_TILE_COLS = 48
+_MIN_TILE_ROWS = 16
 
 # A call returns to Python between blocks of this many bytes of input, so that Ctrl-C is heard within some 10 ms; but a
 # block is one row at least.
@@ -116,7 +121,10 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     # Input and output together leave the last cache: what is written will not be read from there.
     streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
     traversal: Traversal
-    if layout.has_contiguous_rows:
+    if layout.has_contiguous_rows and layout.n_cols <= _MAX_TILE_COLS and layout.n_rows >= _MIN_TILE_ROWS:
+        traversal, n_units = "tiles", -(-layout.n_rows * layout.itemsize // _kernels.strip_bytes)
+        unit_bytes, streaming = 0, False
+    elif layout.has_contiguous_rows:
         traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * layout.itemsize
     elif layout.has_adjacent_rows:
         n_strips = -(-layout.kept[-1].size * layout.itemsize // _kernels.strip_bytes)
@@ -128,7 +136,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     if function == "softmax":
         if traversal == "gather":
             exponentials = "recompute"
-        elif not (streaming or in_place):
+        elif traversal != "tiles" and not (streaming or in_place):
             exponentials = "output"
         else:
             exponentials = "scratch" if unit_bytes <= caches.last_level // _SCRATCH_SHARE else "recompute"
