@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastsoftmax._dispatch import Function, execute, forced_backend, record, select
+from fastsoftmax._dispatch import Factors, Function, execute, select
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 
 _FLOAT32 = np.dtype(np.float32)
@@ -163,7 +163,7 @@ def logsumexp(
     out : ndarray, optional
         Where to write the result; it must have the shape and the dtype of the result.
     backend : {"cython", "numba", "numpy"}, optional
-        Force a backend; by default the fastest that fits is chosen. Sums with ``b`` are computed by ``numpy``.
+        Force a backend; by default the fastest that fits is chosen.
 
     Returns
     -------
@@ -177,7 +177,7 @@ def logsumexp(
     ------
     TypeError
         If ``a`` or ``b`` does not hold numbers, or is a masked array; if ``axis`` is not made of integers; if ``out``
-        is not an array of the result's dtype; if ``b`` is given and another backend than ``numpy`` is forced.
+        is not an array of the result's dtype.
     ValueError
         If ``a`` and ``b`` do not broadcast; if ``out`` has the wrong shape or cannot be written; if an axis is
         repeated; if ``backend`` is unknown.
@@ -198,27 +198,37 @@ def logsumexp(
     >>> logsumexp([1.0, 1.0], b=[1.0, -2.0], return_sign=True)
     (np.float64(1.0), np.float64(-1.0))
     """
-    terms = _numbers(a, "a")
-    if b is not None:
-        return _logsumexp_weighted(a, b, axis, keepdims, return_sign, out, backend)
-    axes = normalize_axes(axis, terms.ndim)
+    terms, factors = _numbers(a, "a"), None
     working, result = _dtypes(terms.dtype, "logsumexp")
+    if b is not None:
+        factors = _numbers(b, "b")
+        working, result = _dtypes(_common_dtype(a, terms, b, factors), "logsumexp")
+        terms, factors = _broadcast(readable(terms, working), readable(factors, working))
+    axes = normalize_axes(axis, terms.ndim)
     module = select(working, terms.size, backend)
     shape = _reduced_shape(terms.shape, axes, keepdims)
     log_dtype = np.empty(0, result).real.dtype if return_sign else result
     if out is not None:
         _check_out(out, shape, log_dtype)
-    direct = out is not None and _is_writable_as(out, working) and not np.may_share_memory(out, terms)
-    target = out if out is not None and direct else np.empty(shape, working)
+    log_sum, sign = _log_sums_with_signs(shape, working) if factors is not None and return_sign else (None, None)
+    if log_sum is None:
+        is_direct = out is not None and _is_writable_as(out, working) and not _shares_memory(out, terms, factors)
+        log_sum = out if out is not None and is_direct else np.empty(shape, working)
     if terms.size == 0:
-        target.fill(-np.inf)
+        log_sum.fill(-np.inf)
     else:
         data = readable(terms, working)
-        rows = target if keepdims else np.expand_dims(target, axes) if terms.ndim else target
-        execute(module, "logsumexp", make_layout(data, axes, rows), data, rows)
+        rows = log_sum if keepdims else np.expand_dims(log_sum, axes) if terms.ndim else log_sum
+        layout = make_layout(data, axes, rows, factors)
+        if factors is None:
+            execute(module, "logsumexp", layout, data, rows)
+        else:
+            execute(module, "weighted_logsumexp", layout, data, rows, factors=Factors(factors, sign))
     if not return_sign:
-        return _deliver(target, out, result)
-    return _deliver(target.real, out, log_dtype), _deliver(_sign_of_positive_sum(target), None, result)
+        return _deliver(log_sum, out, result)
+    if sign is None:
+        sign = _sign_of_positive_sum(log_sum)
+    return _deliver(log_sum.real, out, log_dtype), _deliver(sign, None, result)
 
 
 def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, backend: str | None) -> Any:
@@ -241,32 +251,6 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
     return _deliver(target, out, result)
 
 
-def _logsumexp_weighted(
-    a: ArrayLike, b: ArrayLike, axis: Any, keepdims: bool, return_sign: bool, out: Array | None, backend: str | None
-) -> Any:
-    """Compute logsumexp with factors, which the numpy backend alone does."""
-    from fastsoftmax.backends import numpy_generic
-
-    forced = forced_backend(backend)
-    if forced is not None and forced.name != "numpy":
-        raise TypeError(f"backend {forced.name!r} does not compute logsumexp with b; this one does: 'numpy'")
-    terms, factors = _numbers(a, "a"), _numbers(b, "b")
-    working, result = _dtypes(_common_dtype(a, terms, b, factors), "logsumexp")
-    try:
-        terms, factors = np.broadcast_arrays(terms, factors)
-    except ValueError:
-        raise ValueError(f"b of shape {factors.shape} does not broadcast with a of shape {terms.shape}") from None
-    axes = normalize_axes(axis, terms.ndim)
-    shape = _reduced_shape(terms.shape, axes, keepdims)
-    log_dtype = np.empty(0, result).real.dtype if return_sign else result
-    if out is not None:
-        _check_out(out, shape, log_dtype)
-    log_sum, sign = numpy_generic.logsumexp_weighted(terms.astype(working), factors.astype(working), axes, return_sign)
-    record(numpy_generic.PLAN_WEIGHTED)
-    log_sum = _deliver(log_sum.reshape(shape), out, log_dtype)
-    return (log_sum, _deliver(sign.reshape(shape), None, result)) if return_sign else log_sum
-
-
 def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> np.dtype[Any]:
     """Return the dtype that a and b combine to; a Python number takes that of the other, as everywhere in NumPy."""
     operands = [
@@ -278,6 +262,20 @@ def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> n
         return np.result_type(*operands or [_FLOAT64])
     except TypeError:
         raise TypeError(f"b of dtype {factors.dtype} does not combine with a of dtype {terms.dtype}") from None
+
+
+def _broadcast(terms: Array, factors: Array) -> tuple[Array, Array]:
+    try:
+        terms_view, factors_view = np.broadcast_arrays(terms, factors)
+    except ValueError:
+        raise ValueError(f"b of shape {factors.shape} does not broadcast with a of shape {terms.shape}") from None
+    return terms_view, factors_view
+
+
+def _log_sums_with_signs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Return two arrays of the same strides, zeros."""
+    pair = np.zeros((2, *shape), dtype)
+    return pair[0, ...], pair[1, ...]
 
 
 def _reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[int, ...]:
@@ -332,6 +330,10 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
 def _is_writable_as(out: Array, dtype: DTypeLike) -> bool:
     """Whether kernels that compute in ``dtype`` can write to ``out`` directly."""
     return out.dtype == dtype and out.flags.aligned
+
+
+def _shares_memory(out: Array, *inputs: Array | None) -> bool:
+    return any(array is not None and np.may_share_memory(out, array) for array in inputs)
 
 
 def _is_same_view(x: Array, out: Array) -> bool:

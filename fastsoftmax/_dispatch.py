@@ -1,9 +1,9 @@
 """Which backend serves a call.
 
-A `Backend` record names a module with two functions, ``plan(function, layout, in_place)`` and
-``run(plan, layout, x, out)``, and says for which calls it is meant. `select` takes the first record that fits, unless
-the caller forces one: by the ``backend`` argument, by `use_backend`, or by the environment variable
-``FASTSOFTMAX_BACKEND``, in this order. A forced backend that cannot serve the call is an error, never a fallback.
+A `Backend` record names a module with two functions, ``plan(function, layout, in_place)`` and ``run(plan, layout, x,
+out, factors)``, and says for which calls it is meant. `select` takes the first record that fits, unless the caller
+forces one: by the ``backend`` argument, by `use_backend`, or by the environment variable ``FASTSOFTMAX_BACKEND``, in
+this order. A forced backend that cannot serve the call is an error, never a fallback.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Schedule
 
-Function = Literal["softmax", "log_softmax", "logsumexp"]
+Function = Literal["softmax", "log_softmax", "logsumexp", "weighted_logsumexp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,28 @@ class Plan:
     schedule: Schedule
 
 
+class Factors(NamedTuple):
+    """What a weighted sum has besides its input and its output.
+
+    Parameters
+    ----------
+    b : ndarray
+        The factors of the exponentials, of the shape and dtype of the input.
+    sign : ndarray or None
+        Where the signs of the sums go, with the strides of the output. Where it is None, the logarithm of a negative
+        sum is NaN.
+    """
+
+    b: Array
+    sign: Array | None
+
+
 class BackendModule(Protocol):
     """What a module in `fastsoftmax.backends` offers."""
 
     def plan(self, function: Function, layout: Layout, in_place: bool) -> Plan: ...
 
-    def run(self, plan: Plan, layout: Layout, x: Array, out: Array) -> None: ...
+    def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
 
 
 class BackendUnavailableError(RuntimeError):
@@ -240,15 +256,16 @@ def record_plans() -> Iterator[list[Plan]]:
 
 
 def execute(
-    module: BackendModule, function: Function, layout: Layout, x: Array, out: Array, in_place: bool = False
+    module: BackendModule,
+    function: Function,
+    layout: Layout,
+    x: Array,
+    out: Array,
+    in_place: bool = False,
+    factors: Factors | None = None,
 ) -> None:
-    """Plan one call, run it, and tell the recorder."""
+    """Plan one call, run it, and tell the recorder, if there is one, what served it."""
     plan = module.plan(function, layout, in_place)
-    module.run(plan, layout, x, out)
-    record(plan)
-
-
-def record(plan: Plan) -> None:
-    """Tell the recorder, if there is one, what served a call."""
+    module.run(plan, layout, x, out, factors)
     if (plans := _recorder.get()) is not None:
         plans.append(plan)

@@ -20,15 +20,20 @@ Array = NDArray[Any]
 
 
 class Dimension(NamedTuple):
-    """One dimension of a layout: its size and its byte strides in the input and in the output."""
+    """One dimension of a layout: its size and its byte strides in the input, in the output and in the factors b."""
 
     size: int
     x_stride: int
     y_stride: int
+    b_stride: int = 0
 
     def continues(self, inner: Dimension) -> bool:
         """Whether this dimension steps exactly over ``inner``, so that the two are one."""
-        return self.x_stride == inner.size * inner.x_stride and self.y_stride == inner.size * inner.y_stride
+        return (
+            self.x_stride == inner.size * inner.x_stride
+            and self.y_stride == inner.size * inner.y_stride
+            and self.b_stride == inner.size * inner.b_stride
+        )
 
 
 class Layout(NamedTuple):
@@ -115,22 +120,24 @@ def readable(x: Array, dtype: np.dtype[Any]) -> Array:
     return x if x.dtype == dtype and x.flags.aligned else x.astype(dtype, order="K")
 
 
-def make_layout(x: Array, axes: Sequence[int], out: Array) -> Layout:
-    """Lay out ``x`` and ``out`` as rows along ``axes``.
+def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = None) -> Layout:
+    """Lay out ``x``, ``out`` and the factors ``b``, if there are any, as rows along ``axes``.
 
-    ``out`` has the shape of ``x``, or that shape with every reduced axis of length 1.
+    ``b`` has the shape of ``x``; so has ``out``, or that shape with every reduced axis of length 1.
     """
-    if axes == (x.ndim - 1,) and x.flags.c_contiguous and out.flags.c_contiguous and out.shape == x.shape:
+    if b is None and axes == (x.ndim - 1,) and x.flags.c_contiguous and out.flags.c_contiguous and out.shape == x.shape:
         # What the general way finds, in a third of its time: most calls are this one.
         n_cols, row_bytes = x.shape[-1], x.shape[-1] * x.itemsize
         row = Dimension(n_cols, x.itemsize, x.itemsize)
         return Layout((Dimension(x.size // n_cols, row_bytes, row_bytes),), (row,), x.itemsize)
+    b_strides = (0,) * x.ndim if b is None else b.strides
     kept, reduced = [], []
-    for axis, (size, x_stride, y_stride) in enumerate(zip(x.shape, x.strides, out.strides, strict=True)):
+    for axis, (size, *strides) in enumerate(zip(x.shape, x.strides, out.strides, b_strides, strict=True)):
+        x_stride, y_stride, b_stride = strides
         if axis not in axes:
-            kept.append(Dimension(size, x_stride, y_stride))
+            kept.append(Dimension(size, x_stride, y_stride, b_stride))
         else:
-            reduced.append(Dimension(size, x_stride, y_stride if out.shape[axis] == size else 0))
+            reduced.append(Dimension(size, x_stride, y_stride if out.shape[axis] == size else 0, b_stride))
     return Layout(_fuse(kept), _fuse(reduced) or (Dimension(1, x.itemsize, x.itemsize),), x.itemsize)
 
 
@@ -140,6 +147,6 @@ def _fuse(dimensions: list[Dimension]) -> tuple[Dimension, ...]:
     for inner in sorted((d for d in dimensions if d.size != 1), key=lambda d: -abs(d.x_stride)):
         if fused and fused[-1].continues(inner):
             outer = fused.pop()
-            inner = Dimension(outer.size * inner.size, inner.x_stride, inner.y_stride)
+            inner = inner._replace(size=outer.size * inner.size)
         fused.append(inner)
     return tuple(fused)

@@ -258,3 +258,103 @@ def logsumexp(state: State, precision: Precision) -> float:
         return state.maximum + high
     sum, error = two_sum(state.maximum, high)
     return sum + (error + low)
+
+
+class WeightedState(NamedTuple):
+    """What is known of the terms b * exp(a) seen, in float64.
+
+    One of the largest is kept out of the sum, as ``a`` and ``b``; b is 0 where there is none. The others sum up to
+    ``(sum + residue) * 2**exponent * exp(offset)``. The offset is the ``a`` of some term, so that terms with the same
+    ``a`` add up as their factors do: b = [1, 2, -3] leaves exactly nothing. Beside terms that are infinite or NaN no
+    other counts: they are the sum, and b is 1.
+    """
+
+    a: float
+    b: float
+    offset: float
+    exponent: float
+    sum: float
+    residue: float
+
+
+# The offset of an earlier part of a row is taken over by a part whose largest term is this near; their sums then merge
+# exactly. Beyond, the older sum fades away, so that the roundings of changed offsets do not add up.
+WEIGHTED_REACH = 16.0
+
+# The term that is kept is about this power of two in its own exponent: the smallest of the others is then as far below
+# it as the smallest subnormal number is below 1.
+WEIGHTED_TOP = 100.0
+
+
+def weighted_identity() -> WeightedState:
+    """The state of no term."""
+    return WeightedState(-math.inf, 0.0, -math.inf, 0.0, 0.0, 0.0)
+
+
+def exp_difference(x: float, offset: float) -> tuple[float, float, float]:
+    """exp(x - offset) = (p + low) * 2**k, without the rounding of the difference; p, low and k."""
+    t, error = two_sum(x, -offset)
+    if t < -2 * FLOAT64.limit:
+        return 0.0, 0.0, 0.0
+    p, low, shifted_k = split(t, FLOAT64)
+    return p, low + p * error, shifted_k - FLOAT64.rounder
+
+
+def kept_term(state: WeightedState, exponent: float) -> tuple[float, float]:
+    """The term that is kept out of the sum, in two parts, relative to an exponent."""
+    p, low, k = exp_difference(state.a, state.offset)
+    factor, b_exponent = math.frexp(state.b)
+    shift = int(k + b_exponent - exponent)
+    product = p * factor
+    return math.ldexp(product, shift), math.ldexp(product_error(p, factor, product) + low * factor, shift)
+
+
+def merge_weighted(x: WeightedState, y: WeightedState) -> WeightedState:
+    """The state of the terms of two states."""
+    if y.b == 0:
+        return x
+    if x.b == 0:
+        return y
+    if not math.isfinite(x.sum) and not math.isfinite(y.sum):
+        return WeightedState(x.a, x.b, x.offset, x.exponent, x.sum + y.sum, 0.0)
+    if not math.isfinite(x.sum):
+        return x
+    if not math.isfinite(y.sum):
+        return y
+    if (y.a - x.a) + (math.log(abs(y.b)) - math.log(abs(x.b))) > 0:
+        x, y = y, x
+    if y.offset != x.offset:
+        p, low, k = exp_difference(y.offset, x.offset)
+        product = y.sum * p
+        residue = y.residue * p + y.sum * low + product_error(y.sum, p, product)
+        y = WeightedState(y.a, y.b, x.offset, y.exponent + k, product, residue)
+    exponent = max(x.exponent, y.exponent)
+    x_shift, y_shift = int(x.exponent - exponent), int(y.exponent - exponent)
+    kept, kept_low = kept_term(y, exponent)
+    sum, error = two_sum(math.ldexp(x.sum, x_shift), math.ldexp(y.sum, y_shift))
+    sum, kept_error = two_sum(sum, kept)
+    residue = math.ldexp(x.residue, x_shift) + math.ldexp(y.residue, y_shift)
+    return WeightedState(x.a, x.b, x.offset, exponent, sum, residue + (error + (kept_error + kept_low)))
+
+
+def weighted_logsumexp(state: WeightedState) -> tuple[float, float]:
+    """The logarithm of the absolute value of the sum of all terms, and the sign of the sum."""
+    if state.b == 0:
+        return -math.inf, 0.0
+    if not math.isfinite(state.sum):
+        return abs(state.sum), state.sum if math.isnan(state.sum) else math.copysign(1.0, state.sum)
+    kept, kept_low = kept_term(state, state.exponent)
+    total, error = two_sum(kept, state.sum)
+    total += error + (state.residue + kept_low)
+    if total == 0:
+        return -math.inf, 0.0
+    ratio = state.sum / kept
+    if ratio > -0.5:
+        product = ratio * kept
+        error = ((state.sum - product) - product_error(ratio, kept, product)) + (state.residue - ratio * kept_low)
+        log_ratio = math.log1p(ratio) + error / kept / (1.0 + ratio)
+    else:
+        log_ratio = math.log(abs(total / kept))
+    result, error = two_sum(state.a, math.log(abs(state.b)))
+    result, last_error = two_sum(result, log_ratio)
+    return result + (error + last_error), math.copysign(1.0, total)

@@ -31,7 +31,9 @@ cdef inline void copy_elements(
     const char* source, Py_ssize_t source_stride, char* target, Py_ssize_t target_stride, Py_ssize_t n, const vec* like
 ) noexcept nogil:
     cdef Py_ssize_t i
-    if vec is f32v:
+    if source_stride == target_stride == itemsize(like):
+        memcpy(target, source, n * itemsize(like))
+    elif vec is f32v:
         for i in range(n):
             (<float*>(target + i * target_stride))[0] = (<const float*>(source + i * source_stride))[0]
     else:

@@ -4,16 +4,18 @@ This one source is built once for each instruction-set tier.
 """
 
 cimport numpy as cnp
-from libc.float cimport DBL_MAX, FLT_MAX
-from libc.math cimport INFINITY, fabs, fma, ldexp, log1p, rint
+from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
+from libc.math cimport INFINITY, copysign, exp, fabs, fma, frexp, ldexp, log, log1p, rint
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 include "registers.pxi"
 include "state.pxi"
 include "rows.pxi"
 include "gather.pxi"
 include "strips.pxi"
+include "weighted.pxi"
 
 
 cnp.import_array()
@@ -39,6 +41,13 @@ cdef struct Job:
     bint streaming
     Dimensions kept
     Dimensions row
+
+
+cdef struct WeightedJob:
+    Dimensions a_kept
+    Dimensions a_row
+    Dimensions b_kept
+    Dimensions b_row
 
 
 strip_bytes = STRIP_BYTES
@@ -181,6 +190,74 @@ cdef inline void run_strip(
         log_softmax_strip(x, y, strip, job.streaming)
     else:
         logsumexp_strip(x, y, strip)
+
+
+def run_weighted(
+    tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b, cnp.ndarray out, cnp.ndarray sign, int block, int n_blocks
+):
+    """Run one of `n_blocks` equal parts of a weighted logsumexp.
+
+    Parameters
+    ----------
+    kept, reduced : tuple of Dimension
+        The layout.
+    a, b, out : ndarray
+        Aligned and native, all float32 or all float64.
+    sign : ndarray or None
+        Where the signs go, with the strides of `out`; None to have NaN for the logarithm of a negative sum.
+    block, n_blocks : int
+        Which part.
+    """
+    cdef WeightedJob job
+    cdef const void* a_data = cnp.PyArray_DATA(a)
+    cdef const void* b_data = cnp.PyArray_DATA(b)
+    cdef void* target = cnp.PyArray_DATA(out)
+    cdef void* sign_target = NULL if sign is None else cnp.PyArray_DATA(sign)
+    cdef bint is_single = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32, enough_memory
+    job.a_kept, job.a_row = dimensions(kept), dimensions(reduced)
+    job.b_kept, job.b_row = dimensions_of_factors(kept), dimensions_of_factors(reduced)
+    with nogil:
+        if is_single:
+            enough_memory = run_weighted_block(
+                <const f32v*>a_data, <const f32v*>b_data, <f32v*>target, <f32v*>sign_target, &job, block, n_blocks)
+        else:
+            enough_memory = run_weighted_block(
+                <const f64v*>a_data, <const f64v*>b_data, <f64v*>target, <f64v*>sign_target, &job, block, n_blocks)
+    if not enough_memory:
+        raise MemoryError("no memory for the scratch of a weighted sum")
+
+
+cdef Dimensions dimensions_of_factors(tuple layout):
+    """The dimensions with the strides of the factors for those of the input."""
+    cdef Dimensions result = dimensions(layout)
+    for i, dimension in enumerate(layout):
+        result.x_stride[i] = dimension.b_stride
+    return result
+
+
+cdef bint run_weighted_block(
+    const vec* a, const vec* b, vec* y, vec* signs, const WeightedJob* job, Py_ssize_t block, Py_ssize_t n_blocks
+) noexcept nogil:
+    cdef Py_ssize_t n = total_size(&job.a_row), n_rows = total_size(&job.a_kept), row, a_offset, b_offset, y_offset
+    cdef double result, sign
+    cdef vec* scratch = <vec*>malloc(2 * weighted_length(a) * itemsize(a))
+    if scratch == NULL:
+        return False
+    for row in range(n_rows * block // n_blocks, n_rows * (block + 1) // n_blocks):
+        locate(&job.b_kept, row, &b_offset, &y_offset)
+        locate(&job.a_kept, row, &a_offset, &y_offset)
+        result = weighted_log_sum(
+            fold_weighted(
+                <const vec*>(<const char*>a + a_offset), <const vec*>(<const char*>b + b_offset), &job.a_row,
+                &job.b_row, n, scratch),
+            &sign)
+        if signs != NULL:
+            put(<vec*>(<char*>signs + y_offset), 0, sign)
+        elif sign < 0.0:
+            result = INFINITY - INFINITY
+        put(<vec*>(<char*>y + y_offset), 0, result)
+    free(scratch)
+    return True
 
 
 # The state as Python sees it, for the tests of its laws: a tuple (maximum, offset, exponent, high, low).

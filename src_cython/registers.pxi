@@ -36,6 +36,10 @@ cdef extern from "simd.h" nogil:
     f64v f64v_power_of_two(f64v v)
     f32v f32v_raise_to(f32v v, int top)
     f64v f64v_raise_to(f64v v, int top)
+    f32v f32v_significand(f32v v)
+    f64v f64v_significand(f64v v)
+    f32v f32v_binary_exponent(f32v v)
+    f64v f64v_binary_exponent(f64v v)
     f32v f32v_where_at_most(f32v a, f32v b, f32v x, f32v y)
     f64v f64v_where_at_most(f64v a, f64v b, f64v x, f64v y)
     f32v f32v_swap(f32v v, unsigned distance)
@@ -182,6 +186,22 @@ cdef inline vec raise_to(vec v, int top) noexcept nogil:
         return f32v_raise_to(v, top)
     else:
         return f64v_raise_to(v, top)
+
+
+cdef inline vec significand(vec v) noexcept nogil:
+    """The m of v = m * 2**k with 1 <= |m| < 2, for normal v."""
+    if vec is f32v:
+        return f32v_significand(v)
+    else:
+        return f64v_significand(v)
+
+
+cdef inline vec binary_exponent(vec v) noexcept nogil:
+    """The k of v = m * 2**k with 1 <= |m| < 2, for normal v."""
+    if vec is f32v:
+        return f32v_binary_exponent(v)
+    else:
+        return f64v_binary_exponent(v)
 
 
 cdef inline vec where_at_most(vec a, vec b, vec x, vec y) noexcept nogil:

@@ -49,6 +49,17 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
         bits bias = (bits){0} + ((1 << (sizeof(real) * 8 - mantissa_bits - 2)) - 1);                                   \
         return (T)((bias + bias + (bits)((bits){0} + (unsigned)top) - ((bits)v >> mantissa_bits)) << mantissa_bits);             \
     }                                                                                                                  \
+    /* v = significand * 2**binary_exponent, with 1 <= |significand| < 2, where v is a normal number.            */     \
+    static inline T T##_significand(T v)                                                                               \
+    {                                                                                                                  \
+        bits one = (bits)T##_splat(1), field = (bits){0} + ((1u << (sizeof(real) * 8 - mantissa_bits - 1)) - 1);       \
+        return (T)(((bits)v & ~(field << mantissa_bits)) | one);                                                       \
+    }                                                                                                                  \
+    static inline T T##_binary_exponent(T v)                                                                           \
+    {                                                                                                                  \
+        bits bias = (bits)T##_splat(1) >> mantissa_bits, two_to_digits = (bits)T##_splat((real)(1ull << mantissa_bits)); \
+        return (T)(((bits)v << 1 >> (mantissa_bits + 1)) | two_to_digits) - ((T)(bias | two_to_digits));               \
+    }                                                                                                                  \
     /* Lane by lane a <= b ? x : y. */                                                                                 \
     static inline T T##_where_at_most(T a, T b, T x, T y)                                                              \
     {                                                                                                                  \

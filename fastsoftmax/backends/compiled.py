@@ -6,14 +6,14 @@ The tier is the best one this processor runs, or the one that the environment va
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
 from fastsoftmax import _schedule
-from fastsoftmax._dispatch import ForcedTierError, Function, Plan
+from fastsoftmax._dispatch import Factors, ForcedTierError, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Exponentials, Schedule, Traversal
@@ -121,7 +121,9 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     # Input and output together leave the last cache: what is written will not be read from there.
     streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
     traversal: Traversal
-    if layout.has_contiguous_rows and layout.n_cols <= _MAX_TILE_COLS and layout.n_rows >= _MIN_TILE_ROWS:
+    if function == "weighted_logsumexp":
+        traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
+    elif layout.has_contiguous_rows and layout.n_cols <= _MAX_TILE_COLS and layout.n_rows >= _MIN_TILE_ROWS:
         traversal, n_units = "tiles", -(-layout.n_rows * layout.itemsize // _kernels.strip_bytes)
         unit_bytes, streaming = 0, False
     elif layout.has_contiguous_rows:
@@ -144,18 +146,25 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     return Schedule(traversal, exponentials, streaming, min(n_threads, n_blocks), n_blocks)
 
 
-def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
-    schedule, kernel = plan.schedule, _kernels.run
-    arguments = (
-        _FUNCTIONS[plan.function],
-        _TRAVERSALS[schedule.traversal],
-        _EXPONENTIALS[schedule.exponentials],
-        schedule.streaming,
-        layout.kept,
-        layout.reduced,
-        x,
-        out,
-    )
+def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+    schedule = plan.schedule
+    kernel: Callable[..., None]
+    arguments: tuple[Any, ...]
+    if factors is None:
+        kernel = _kernels.run
+        arguments = (
+            _FUNCTIONS[plan.function],
+            _TRAVERSALS[schedule.traversal],
+            _EXPONENTIALS[schedule.exponentials],
+            schedule.streaming,
+            layout.kept,
+            layout.reduced,
+            x,
+            out,
+        )
+    else:
+        kernel = _kernels.run_weighted
+        arguments = (layout.kept, layout.reduced, x, factors.b, out, factors.sign)
     if schedule.n_blocks == 1:
         kernel(*arguments, 0, 1)
     else:

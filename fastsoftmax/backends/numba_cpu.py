@@ -34,7 +34,7 @@ except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
 from fastsoftmax import _state
-from fastsoftmax._dispatch import Function, Plan
+from fastsoftmax._dispatch import Factors, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import (
@@ -112,6 +112,9 @@ _FLOAT64 = _Arithmetic(
 _FUNCTIONS = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
 _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP = _FUNCTIONS.values()
 
+# Running sums of a weighted row.
+_LANES = 16
+
 # Columns of the tables of dimensions.
 _SIZE, _X, _Y = range(3)
 
@@ -161,6 +164,11 @@ for _function in (
     _state.normalize,
     _state.log_total,
     _state.logsumexp,
+    _state.weighted_identity,
+    _state.exp_difference,
+    _state.kept_term,
+    _state.merge_weighted,
+    _state.weighted_logsumexp,
 ):
     # Contraction would falsify rounding errors, and what is not said is inherited from the caller.
     register_jitable(fastmath=False)(_function)
@@ -700,6 +708,132 @@ def run_strips(
                 _strip_scale(terms, y, piece_at, y_step, size, width, lanes)
 
 
+@_inline
+def _split_factor(b: Any) -> Any:
+    """b = significand * 2**exponent, with 1 <= |significand| < 2, for b other than 0."""
+    is_normal = abs(b) >= 2.0**-1022
+    normal, bias = (b, 1023.0) if is_normal else (b * 2.0**512, 1023.0 + 512.0)
+    bits = np.float64(normal).view(np.int64)
+    exponent = np.float64((bits >> np.int64(52)) & np.int64(0x7FF)) - bias
+    significand = (bits & ~np.int64(0x7FF << 52)) | np.int64(1023 << 52)
+    return np.int64(significand).view(np.float64), exponent
+
+
+@_jit
+def _find_top(a: Any, b: Any, n: Any) -> Any:
+    """The index of one of the largest terms, -1 if all are 0; whether none is infinite or NaN.
+
+    Where b is 0, `a` becomes -inf.
+    """
+    highest, probe = -math.inf, 0.0
+    for j in range(n):
+        value = -math.inf if b[_U(j)] == 0.0 else a[_U(j)]
+        a[_U(j)] = value
+        highest = max(highest, value)
+        probe += (0.0 if value == -math.inf else value - value) + (b[_U(j)] - b[_U(j)])
+    top, largest = -1, -math.inf
+    for j in range(n):
+        _, exponent = _split_factor(b[_U(j)])
+        # Beside a large `a` the logarithm of the factor would not be seen.
+        size = (a[_U(j)] - highest) + exponent * math.log(2.0)
+        if size > largest:
+            top, largest = j, size
+    return top, probe == 0.0
+
+
+@_jit
+def _sum_of_irregular(a: Any, b: Any, n: Any) -> Any:
+    """The sum of those terms that are infinite or NaN."""
+    total = 0.0
+    for j in range(n):
+        if b[_U(j)] != 0.0:
+            value = a[_U(j)]
+            term = b[_U(j)] * (1.0 if math.isfinite(value) else math.exp(value))
+            total += 0.0 if math.isfinite(term) else term
+    return total
+
+
+@_jit_exact
+def _store_products(a: Any, b: Any, n: Any, offset: Any, exponent: Any) -> None:
+    """Replace a and b by the terms b * exp(a - offset) / 2**exponent and what rounding took from them."""
+    for j in range(n):
+        significand, b_exponent = _split_factor(b[_U(j)])
+        floor = (exponent - b_exponent - 1000.0) * math.log(2.0)
+        difference, error = _state.two_sum(a[_U(j)], -offset)
+        t = max(difference, floor)
+        p, low, shifted_k = _state.split(t, FLOAT64)
+        power = _power_of_two(shifted_k + (b_exponent + (1023.0 - exponent)))
+        p, low = p * power, low * power
+        term = p * significand
+        residue = _state.product_error(p, significand, term) + (low + p * error) * significand
+        is_zero = a[_U(j)] == -math.inf
+        a[_U(j)], b[_U(j)] = 0.0 if is_zero else term, 0.0 if is_zero else residue
+
+
+@_jit_exact
+def _sum_in_lanes(terms: Any, residues: Any, n: Any) -> Any:
+    """The sum of terms and residues in two parts: over every `_LANES`-th first, which LLVM does side by side."""
+    sums, rests = np.zeros(_LANES), np.zeros(_LANES)
+    for first in range(0, n, _LANES):
+        for j in range(min(_LANES, n - first)):
+            sums[_U(j)], error = _state.two_sum(sums[_U(j)], terms[_U(first + j)])
+            rests[_U(j)] += error + residues[_U(first + j)]
+    total = rest = 0.0
+    for j in range(_LANES):
+        total, error = _state.two_sum(total, sums[_U(j)])
+        rest += error + rests[_U(j)]
+    return total, rest
+
+
+@_jit
+def _fold_weighted_chunk(a: Any, b: Any, n: Any, row_offset: Any) -> Any:
+    """The state of a chunk of terms, which are overwritten."""
+    top, is_regular = _find_top(a, b, n)
+    if not is_regular:
+        return _state.WeightedState(-math.inf, 1.0, -math.inf, 0.0, _sum_of_irregular(a, b, n), 0.0)
+    if top < 0:
+        return _state.weighted_identity()
+    a_top, b_top = a[_U(top)], b[_U(top)]
+    a[_U(top)] = -math.inf
+    offset = row_offset if abs(a_top - row_offset) <= _state.WEIGHTED_REACH else a_top
+    _, b_exponent = _split_factor(b_top)
+    exponent = np.rint((a_top - offset) * FLOAT64.log2e) + b_exponent - _state.WEIGHTED_TOP
+    _store_products(a, b, n, offset, exponent)
+    total, rest = _sum_in_lanes(a, b, n)
+    return _state.WeightedState(a_top, b_top, offset, exponent, total, rest)
+
+
+@_jit_entry
+def run_weighted(
+    a: Any,
+    b: Any,
+    y: Any,
+    signs: Any,
+    a_kept: Any,
+    a_reduced: Any,
+    b_kept: Any,
+    b_reduced: Any,
+    n_cols: Any,
+    first_row: Any,
+    end_row: Any,
+    has_signs: Any,
+) -> None:
+    """Run rows of a weighted logsumexp, gathered a chunk at a time and computed in float64."""
+    terms, factors = np.empty(min(n_cols, CHUNK), np.float64), np.empty(min(n_cols, CHUNK), np.float64)
+    for row in range(first_row, end_row):
+        state = _state.weighted_identity()
+        for first in range(0, n_cols, CHUNK):
+            size = min(CHUNK, n_cols - first)
+            _collect(a, _offset_of(row, a_kept, _X), a_reduced, first, size, terms)
+            _collect(b, _offset_of(row, b_kept, _X), b_reduced, first, size, factors)
+            state = _state.merge_weighted(state, _fold_weighted_chunk(terms, factors, size, state.offset))
+        log_sum, sign = _state.weighted_logsumexp(state)
+        y_at = _offset_of(row, a_kept, _Y)
+        y[_U(y_at)] = log_sum if has_signs or sign >= 0.0 else math.nan
+        if has_signs:
+            signs[_U(y_at)] = sign
+
+
 def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
     return Plan(function, "numba", None, _schedule(function, layout))
 
@@ -709,7 +843,9 @@ def _schedule(function: Function, layout: Layout) -> Schedule:
     n_threads = min(n_threads, max_threads()) if n_threads > 1 else 1
     traversal: Traversal = "gather"
     n_units, unit_bytes = layout.n_rows, layout.n_cols * layout.itemsize
-    if layout.has_contiguous_rows:
+    if function == "weighted_logsumexp":
+        pass
+    elif layout.has_contiguous_rows:
         traversal = "rows"
     elif layout.has_adjacent_rows and layout.kept[-1].size >= MIN_STRIP:
         traversal = "strips"
@@ -727,24 +863,42 @@ def _strip_width(layout: Layout) -> int:
     return min(STRIP_BYTES // layout.itemsize, layout.kept[-1].size)
 
 
-def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
-    schedule = plan.schedule
+def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+    schedule, n_blocks, n_cols = plan.schedule, plan.schedule.n_blocks, layout.n_cols
     kept, reduced = _table(layout.kept, layout.itemsize), _table(layout.reduced, layout.itemsize)
-    is_stored = schedule.exponentials == "scratch"
-    if schedule.traversal == "strips":
-        kernel, how = run_strips, _strip_width(layout)
-        inner = layout.kept[-1].size
-        n_units = layout.n_rows // inner * -(-inner // how)
-    else:
-        kernel, how, n_units = run_rows, schedule.traversal == "gather", layout.n_rows
     source, target = _elements(x), _elements(out)
-    n_cols, n_blocks, function = layout.n_cols, schedule.n_blocks, _FUNCTIONS[plan.function]
+    n_units = layout.n_rows
+    run_units: Callable[[int, int], None]
+    if factors is not None:
+        b, signs = _elements(factors.b), target if factors.sign is None else _elements(factors.sign)
+        b_kept, b_reduced = (_table(_of_factors(part), layout.itemsize) for part in (layout.kept, layout.reduced))
+        has_signs = factors.sign is not None
 
-    def run_block(block: int, alive: tuple[Array, Array] = (x, out)) -> None:  # the views below keep no memory alive
-        first, end = n_units * block // n_blocks, n_units * (block + 1) // n_blocks
-        kernel(function, source, target, kept, reduced, n_cols, first, end, how, is_stored)
+        def run_units(first: int, end: int) -> None:
+            run_weighted(source, b, target, signs, kept, reduced, b_kept, b_reduced, n_cols, first, end, has_signs)
+
+    else:
+        function, is_stored = _FUNCTIONS[plan.function], schedule.exponentials == "scratch"
+        if schedule.traversal == "strips":
+            kernel, how = run_strips, _strip_width(layout)
+            inner = layout.kept[-1].size
+            n_units = layout.n_rows // inner * -(-inner // how)
+        else:
+            kernel, how = run_rows, schedule.traversal == "gather"
+
+        def run_units(first: int, end: int) -> None:
+            kernel(function, source, target, kept, reduced, n_cols, first, end, how, is_stored)
+
+    # The views of `_elements` keep no memory alive.
+    def run_block(block: int, alive: tuple[Any, ...] = (x, out, factors)) -> None:
+        run_units(n_units * block // n_blocks, n_units * (block + 1) // n_blocks)
 
     run_blocks(run_block, n_blocks, schedule.n_threads)
+
+
+def _of_factors(dimensions: tuple[Dimension, ...]) -> tuple[Dimension, ...]:
+    """The dimensions with the strides of the factors for those of the input."""
+    return tuple(dimension._replace(x_stride=dimension.b_stride) for dimension in dimensions)
 
 
 def _table(dimensions: tuple[Dimension, ...], itemsize: int) -> Array:

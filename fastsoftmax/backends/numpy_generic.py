@@ -1,7 +1,7 @@
 """The generic backend: NumPy expressions over whole arrays, for every inexact dtype.
 
-It is the reference of the package and computes what no kernel does (long double, complex, weighted sums). It makes
-temporaries of the size of its input.
+It is the reference of the package and computes what no kernel does (long double, complex). It makes temporaries
+of the size of its input.
 
 Rounding ``x - m`` is what costs the usual NumPy expression 65 ULP in float32 and 512 in float64. Here float32 is
 computed in float64, and wider types keep the rounding error ``r`` of the subtraction: exp(x - m) = exp(s) * (1 + r).
@@ -14,32 +14,44 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from fastsoftmax._dispatch import Function, Plan
-from fastsoftmax._layout import Array, Layout
+from fastsoftmax._dispatch import Factors, Function, Plan
+from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
 
 _SCHEDULE = Schedule("array", "none")
-PLAN_WEIGHTED = Plan("logsumexp", "numpy", None, _SCHEDULE)
 
 
 def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
     return Plan(function, "numpy", None, _SCHEDULE)
 
 
-def run(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
-    kept = tuple(dimension.size for dimension in layout.kept)
+def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
     dimensions = layout.kept + layout.reduced
-    source = as_strided(x, [d.size for d in dimensions], [d.x_stride for d in dimensions], writeable=False)
     with np.errstate(all="ignore"):
-        rows = np.ascontiguousarray(source.reshape(*kept, -1), np.float64 if x.dtype == np.float32 else None)
-        if plan.function == "logsumexp":
-            out_dimensions = layout.kept
-            result = logsumexp_rows(rows)
+        rows = _rows(x, layout, [d.x_stride for d in dimensions])
+        if factors is not None:
+            log_sum, sign = weighted_logsumexp_rows(rows, _rows(factors.b, layout, [d.b_stride for d in dimensions]))
+            if factors.sign is None:
+                log_sum = log_sum + np.log(sign) if np.iscomplexobj(x) else np.where(sign < 0, np.nan, log_sum)
+            else:
+                _write(sign, factors.sign, layout.kept)
+            _write(log_sum, out, layout.kept)
+        elif plan.function == "logsumexp":
+            _write(logsumexp_rows(rows), out, layout.kept)
         else:
-            out_dimensions = dimensions
-            result = softmax_rows(rows) if plan.function == "softmax" else log_softmax_rows(rows)
-        shape, strides = [d.size for d in out_dimensions], [d.y_stride for d in out_dimensions]
-        as_strided(out, shape, strides)[...] = result.reshape(shape)
+            _write(softmax_rows(rows) if plan.function == "softmax" else log_softmax_rows(rows), out, dimensions)
+
+
+def _rows(array: Array, layout: Layout, strides: list[int]) -> Array:
+    """Return a contiguous copy with the reduced dimensions as one last axis; float32 as float64."""
+    source = as_strided(array, [d.size for d in layout.kept + layout.reduced], strides, writeable=False)
+    dtype = np.float64 if array.dtype == np.float32 else None
+    return np.ascontiguousarray(source.reshape(*(d.size for d in layout.kept), layout.n_cols), dtype)
+
+
+def _write(result: Array, out: Array, dimensions: tuple[Dimension, ...]) -> None:
+    shape, strides = [d.size for d in dimensions], [d.y_stride for d in dimensions]
+    as_strided(out, shape, strides)[...] = result.reshape(shape)
 
 
 def softmax_rows(rows: Array) -> Array:
@@ -92,28 +104,8 @@ def _log_sum(rows: Array, maximum: Array) -> Array:
     return np.where(np.isinf(maximum), 0.0, total)
 
 
-def logsumexp_weighted(a: Array, b: Array, axes: tuple[int, ...], return_sign: bool) -> tuple[Array, Array]:
-    """Return log|sum(b * exp(a))| and the sign of the sum over ``axes``, which are kept with length 1.
-
-    Without ``return_sign`` the logarithm of a negative real sum is NaN, that of a complex one has its phase.
-    """
-    kept = tuple(1 if axis in axes else size for axis, size in enumerate(a.shape))
-    others = tuple(axis for axis in range(a.ndim) if axis not in axes)
-    n_rows = int(np.prod([a.shape[axis] for axis in others], dtype=int))
-    n_cols = int(np.prod([a.shape[axis] for axis in axes], dtype=int))
-    with np.errstate(all="ignore"):
-        if n_rows * n_cols == 0:
-            log_sum, sign = np.full(n_rows, -np.inf, a.dtype), np.zeros(n_rows, a.dtype)
-        else:
-            order = (*others, *axes)
-            rows = a.transpose(order).reshape(n_rows, n_cols)
-            log_sum, sign = _weighted_rows(rows, b.transpose(order).reshape(n_rows, n_cols))
-        if not return_sign:
-            log_sum = log_sum + np.log(sign) if np.iscomplexobj(a) else np.where(sign < 0, np.nan, log_sum)
-    return log_sum.reshape(kept), sign.reshape(kept)
-
-
-def _weighted_rows(a: Array, b: Array) -> tuple[Array, Array]:
+def weighted_logsumexp_rows(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return log|sum(b * exp(a))| over the last axis and the sign of the sum, or its phase if it is complex."""
     a, b = np.where(b == 0, -np.inf, a), np.where(b == 0, 1, b)
     sizes = a.real + np.log(np.abs(b))
     largest = np.where(np.isnan(sizes), np.inf, sizes).argmax(axis=-1, keepdims=True)

@@ -1,0 +1,259 @@
+"""logsumexp with factors: log|sum(b * exp(a))|, and the sign of the sum.
+
+A factor is a significand times a power of two, and the power is added to the exponent of the term: b * exp(a) neither
+overflows nor underflows on the way. Of each chunk, a term as large as the largest, but for a factor of 4, is found
+first. It is kept out of the sum, so that log1p of the rest over it has all digits, and its `a` becomes the offset.
+Elements with the same `a` then have their factors for terms, without rounding: b = [1, 2, -3] leaves exactly nothing.
+"""
+
+
+cdef struct WeightedState:
+    double a  # of the term kept out of the sum
+    double b  # its factor; 0 in the state of no elements
+    double offset
+    double exponent
+    double high  # high + low: sum of b * exp(a - offset) * 2**-exponent over the other elements; of only the terms that
+    double low   # are infinite or NaN, if there are any
+
+
+cdef inline WeightedState weighted_identity() noexcept nogil:
+    """The state of no elements."""
+    cdef WeightedState state
+    state.a = state.offset = -INFINITY
+    state.b = state.exponent = state.high = state.low = 0.0
+    return state
+
+
+cdef inline Py_ssize_t weighted_length(const vec* like) noexcept nogil:
+    """Elements of a chunk: with their factors they fit the L1 cache."""
+    return chunk_length(like) // 2
+
+
+cdef inline vec absolute(vec v) noexcept nogil:
+    return maximum(v, splat(0.0, &v) - v)
+
+
+cdef inline void split_factor(vec b, vec* m, vec* k) noexcept nogil:
+    """b = m * 2**k, with 1 <= |m| < 2."""
+    cdef vec least = splat(by_type(FLT_MIN, DBL_MIN, &b), &b), up = splat(by_type(64.0, 512.0, &b), &b)
+    cdef vec size = absolute(b), normal = where_at_most(least, size, b, b * splat(by_type(2.0**64, 2.0**512, &b), &b))
+    m[0] = significand(normal)
+    k[0] = binary_exponent(normal) - where_at_most(least, size, splat(0.0, &b), up)
+
+
+cdef inline Py_ssize_t find_top(vec* a, const vec* b, Py_ssize_t n_registers, bint* is_regular) noexcept nogil:
+    """The index of one of the largest terms, -1 if all are 0; whether none is infinite or NaN.
+
+    Where b is 0, `a` becomes -inf.
+    """
+    cdef vec zero = splat(0.0, a), least = splat(by_type(-FLT_MAX, -DBL_MAX, a), a)
+    cdef vec highest = least, probe = zero, where = zero, largest = splat(-INFINITY, a), value, factor, m, k, size
+    cdef double largest_size
+    cdef Py_ssize_t i
+    cdef int l, distance = lanes(a) // 2
+    for i in range(n_registers):
+        factor = load(b + i)
+        value = where_at_most(absolute(factor), zero, splat(-INFINITY, a), load(<const vec*>a + i))
+        store(a + i, value)
+        value = maximum(least, value)  # which leaves +inf and NaN
+        highest = maximum(value, highest)
+        probe = probe + ((value - value) + (factor - factor))  # NaN for those and for factors that are
+    while distance:
+        probe = probe + swap(probe, distance)
+        distance //= 2
+    is_regular[0] = lane(probe, 0) == 0.0
+    highest = splat(largest_lane(highest), a)
+    for i in range(n_registers):
+        split_factor(load(b + i), &m, &k)
+        # Beside a large `a` the logarithm of the factor would not be seen.
+        size = (load(<const vec*>a + i) - highest) + k * splat(LN2, a)
+        where = where_at_most(size, largest, where, splat(i, a))
+        largest = maximum(size, largest)
+    largest_size = largest_lane(largest)
+    if largest_size == -INFINITY:
+        return -1
+    for l in range(lanes(a)):
+        if lane(largest, l) == largest_size:
+            return <Py_ssize_t>lane(where, l) * lanes(a) + l
+    return -1  # of a chunk that is not regular
+
+
+cdef inline double sum_of_irregular(const vec* a, const vec* b, Py_ssize_t n) noexcept nogil:
+    """The sum of those terms that are infinite or NaN."""
+    cdef double total = 0.0, size
+    cdef Py_ssize_t i
+    for i in range(n):
+        if get(b, i) != 0.0:
+            size = get(a, i)
+            size = get(b, i) * (1.0 if fabs(size) < INFINITY else exp(size))
+            if not fabs(size) < INFINITY:
+                total += size
+    return total
+
+
+cdef inline void fold_products(
+    const vec* a, const vec* b, int count, double offset, double exponent, vec* high, vec* low
+) noexcept nogil:
+    """Add the terms b * exp(a - offset) * 2**-exponent of `count` registers to a sum in each lane."""
+    cdef vec[REFERENCE * GROUP] references
+    cdef vec[GROUP] differences, errors, factors, terms, residuals
+    cdef vec zero = splat(0.0, a), least = splat(by_type(-FLT_MAX, -DBL_MAX, a), a), offsets = splat(offset, a), k, seen
+    cdef int j
+    for j in range(count):
+        split_factor(load(b + j), &factors[j], &k)
+        make_reference(zero, splat(exponent, a) - k, references + j * REFERENCE)
+        differences[j] = load(a + j) - offsets
+        seen = differences[j] + offsets
+        errors[j] = (load(a + j) - seen) + (offsets - (seen - differences[j]))  # Knuth; NaN for -inf
+        errors[j] = where_at_most(least, load(a + j), errors[j], zero)
+        factors[j] = where_at_most(least, load(a + j), factors[j], zero)
+    scaled_exp(differences, terms, residuals, count, references, 1)
+    for j in range(count):
+        residuals[j] = (residuals[j] + terms[j] * errors[j]) * factors[j]
+        seen = terms[j] * factors[j]
+        accumulate(high, low, seen, residuals[j] - minus_product(seen, terms[j], factors[j]))
+
+
+cdef WeightedState fold_weighted_chunk(vec* a, const vec* b, Py_ssize_t n, double row_offset) noexcept nogil:
+    """The state of a chunk. The last register is filled up with factors of 0; `a` is overwritten.
+
+    It takes the `row_offset` of an earlier chunk if that is near: their sums then merge exactly.
+    """
+    cdef vec high = splat(0.0, a), low = high, m, k
+    cdef WeightedState state = weighted_identity()
+    cdef Py_ssize_t n_registers = (n + lanes(a) - 1) // lanes(a), i = 0, top
+    cdef int distance = lanes(a) // 2
+    cdef bint is_regular
+    top = find_top(a, b, n_registers, &is_regular)
+    if not is_regular:
+        state.b, state.high = 1.0, sum_of_irregular(a, b, n)
+        return state
+    if top < 0:
+        return state
+    state.a, state.b = get(<const vec*>a, top), get(b, top)
+    put(a, top, -INFINITY)
+    state.offset = row_offset if fabs(state.a - row_offset) <= 16.0 else state.a
+    split_factor(splat(state.b, a), &m, &k)
+    # The term of the top becomes about 2**64 (float32; 2**100 in float64): the smallest is then as far below it as the
+    # smallest subnormal result is below 1.
+    state.exponent = rint((state.a - state.offset) * LOG2_E) + lane(k, 0) - by_type(64.0, 100.0, a)
+    while i + GROUP <= n_registers:
+        fold_products(<const vec*>a + i, b + i, GROUP, state.offset, state.exponent, &high, &low)
+        i += GROUP
+    while i < n_registers:
+        fold_products(<const vec*>a + i, b + i, 1, state.offset, state.exponent, &high, &low)
+        i += 1
+    while distance:
+        accumulate(&high, &low, swap(high, distance), swap(low, distance))
+        distance //= 2
+    state.high, state.low = lane(high, 0), lane(low, 0)
+    return state
+
+
+cdef inline double exp_difference(double x, double offset, double* low, double* exponent) noexcept nogil:
+    """exp(x - offset) in the parts of `exp_split`, without the rounding of the difference."""
+    cdef double difference = x - offset, seen = difference + offset, p = exp_split(difference, low, exponent)
+    low[0] += p * ((x - seen) + (offset - (seen - difference)))
+    return p
+
+
+cdef inline void rescale(WeightedState* state, double offset) noexcept nogil:
+    """Give the sum of a state another offset."""
+    cdef double p_low, k, p = exp_difference(state.offset, offset, &p_low, &k), scaled = state.high * p
+    state.low = state.low * p + state.high * p_low + fma(state.high, p, -scaled)
+    state.high, state.offset, state.exponent = scaled, offset, state.exponent + k
+
+
+cdef inline double kept_term(WeightedState state, double* low) noexcept nogil:
+    """The term that is kept out of the sum, relative to what the sum is relative to."""
+    cdef int b_exponent
+    cdef double factor = frexp(state.b, &b_exponent), p_low, k, p = exp_difference(state.a, state.offset, &p_low, &k), term
+    term = p * factor
+    k = min(max(k + b_exponent - state.exponent, -5000.0), 5000.0)
+    low[0] = ldexp(fma(p, factor, -term) + p_low * factor, <int>k)
+    return ldexp(term, <int>k)
+
+
+cdef inline void raise_exponent(WeightedState* state, double exponent) noexcept nogil:
+    cdef int k = <int>max(state.exponent - exponent, -5000.0)
+    state.high, state.low, state.exponent = ldexp(state.high, k), ldexp(state.low, k), exponent
+
+
+cdef WeightedState merge_weighted(WeightedState x, WeightedState y) noexcept nogil:
+    """The state of the elements of both."""
+    cdef double term, term_low
+    if y.b == 0.0:
+        return x
+    if x.b == 0.0:
+        return y
+    if not fabs(y.high) < INFINITY:
+        x, y = y, x
+    if not fabs(x.high) < INFINITY:
+        if not fabs(y.high) < INFINITY:
+            x.high += y.high
+        return x
+    if (y.a - x.a) + (log(fabs(y.b)) - log(fabs(x.b))) > 0.0:
+        x, y = y, x
+    if y.offset != x.offset:
+        rescale(&y, x.offset)
+    raise_exponent(&x, max(x.exponent, y.exponent))
+    raise_exponent(&y, x.exponent)
+    term = kept_term(y, &term_low)
+    x.low += y.low + term_low
+    x.high = two_sum_of(x.high, y.high, &x.low)
+    x.high = two_sum_of(x.high, term, &x.low)
+    return x
+
+
+cdef inline double two_sum_of(double a, double b, double* low) noexcept nogil:
+    """a + b; its rounding error is added to `low`."""
+    cdef double total = a + b, b_seen = total - a
+    low[0] += (a - (total - b_seen)) + (b - b_seen)
+    return total
+
+
+cdef double weighted_log_sum(WeightedState state, double* sign) noexcept nogil:
+    """The logarithm of the absolute value of the sum, and its sign."""
+    cdef double term, term_low, ratio, ratio_low, total, low = 0.0, rest_log, result
+    if state.b == 0.0:
+        sign[0] = 0.0
+        return -INFINITY
+    if not fabs(state.high) < INFINITY:
+        sign[0] = copysign(1.0, state.high) if state.high == state.high else state.high
+        return fabs(state.high)
+    term = kept_term(state, &term_low)
+    total = two_sum_of(term, state.high, &low)
+    total += low + (state.low + term_low)
+    if total == 0.0:
+        sign[0] = 0.0
+        return -INFINITY
+    sign[0] = copysign(1.0, total)
+    ratio = state.high / term
+    if ratio > -0.5:
+        ratio_low = (fma(-ratio, term, state.high) + (state.low - ratio * term_low)) / term
+        rest_log = log1p(ratio) + ratio_low / (1.0 + ratio)
+    else:
+        rest_log = log(fabs(total / term))
+    low = 0.0
+    result = two_sum_of(state.a, log(fabs(state.b)), &low)
+    result = two_sum_of(result, rest_log, &low)
+    return result + low
+
+
+cdef WeightedState fold_weighted(
+    const vec* a, const vec* b, const Dimensions* a_row, const Dimensions* b_row, Py_ssize_t n, vec* scratch
+) noexcept nogil:
+    """The state of a row of any strides; `scratch` has room for two chunks."""
+    cdef Py_ssize_t length = weighted_length(a), first = 0, size, i
+    cdef vec* factors = <vec*>at(<const vec*>scratch, length)
+    cdef WeightedState total = weighted_identity()
+    while first < n:
+        size = min(length, n - first)
+        gather(a, a_row, first, size, scratch)
+        gather(b, b_row, first, size, factors)
+        for i in range(size, (size + lanes(a) - 1) // lanes(a) * lanes(a)):
+            put(scratch, i, 0.0)
+            put(factors, i, 0.0)
+        total = merge_weighted(total, fold_weighted_chunk(scratch, <const vec*>factors, size, total.offset))
+        first += size
+    return total
