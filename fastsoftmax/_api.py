@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from fastsoftmax import _dispatch
 from fastsoftmax._dispatch import Factors, Function, execute, select
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 
@@ -66,6 +67,9 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
+    small = _dispatch.small_calls
+    if small is not None and (result := small.small_softmax(x, axis, out, backend)) is not None:
+        return result
     return _map_rows("softmax", x, axis, out, backend)
 
 
@@ -108,6 +112,9 @@ def log_softmax(
     >>> log_softmax([1000.0, 0.0])
     array([    0., -1000.])
     """
+    small = _dispatch.small_calls
+    if small is not None and (result := small.small_log_softmax(x, axis, out, backend)) is not None:
+        return result
     return _map_rows("log_softmax", x, axis, out, backend)
 
 
@@ -198,16 +205,21 @@ def logsumexp(
     >>> logsumexp([1.0, 1.0], b=[1.0, -2.0], return_sign=True)
     (np.float64(1.0), np.float64(-1.0))
     """
+    small = _dispatch.small_calls
+    if small is not None and b is None and not (keepdims or return_sign):
+        result = small.small_logsumexp(a, axis, out, backend)
+        if result is not None:
+            return result
     terms, factors = _numbers(a, "a"), None
-    working, result = _dtypes(terms.dtype, "logsumexp")
+    working, dtype = _dtypes(terms.dtype, "logsumexp")
     if b is not None:
         factors = _numbers(b, "b")
-        working, result = _dtypes(_common_dtype(a, terms, b, factors), "logsumexp")
+        working, dtype = _dtypes(_common_dtype(a, terms, b, factors), "logsumexp")
         terms, factors = _broadcast(readable(terms, working), readable(factors, working))
     axes = normalize_axes(axis, terms.ndim)
     module = select(working, terms.size, backend)
     shape = _reduced_shape(terms.shape, axes, keepdims)
-    log_dtype = np.empty(0, result).real.dtype if return_sign else result
+    log_dtype = np.empty(0, dtype).real.dtype if return_sign else dtype
     if out is not None:
         _check_out(out, shape, log_dtype)
     log_sum, sign = _log_sums_with_signs(shape, working) if factors is not None and return_sign else (None, None)
@@ -225,10 +237,10 @@ def logsumexp(
         else:
             execute(module, "weighted_logsumexp", layout, data, rows, factors=Factors(factors, sign))
     if not return_sign:
-        return _deliver(log_sum, out, result)
+        return _deliver(log_sum, out, dtype)
     if sign is None:
         sign = _sign_of_positive_sum(log_sum)
-    return _deliver(log_sum.real, out, log_dtype), _deliver(sign, None, result)
+    return _deliver(log_sum.real, out, log_dtype), _deliver(sign, None, dtype)
 
 
 def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, backend: str | None) -> Any:

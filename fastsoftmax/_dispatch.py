@@ -59,6 +59,16 @@ class BackendModule(Protocol):
     def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
 
 
+class SmallCalls(Protocol):
+    """What the compiled backend offers for small calls: each returns None if the call is not a plain small one."""
+
+    def small_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+    def small_log_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+    def small_logsumexp(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name that cannot run here."""
 
@@ -103,10 +113,31 @@ BACKENDS = (
 )
 _by_name = {backend.name: backend for backend in BACKENDS}
 
-# Read once: looking it up at every call would cost a small call a tenth of its time.
-_environment_choice = os.environ.get("FASTSOFTMAX_BACKEND") or None
-_context_choice: ContextVar[str | None] = ContextVar("fastsoftmax_backend", default=None)
-_recorder: ContextVar[list[Plan] | None] = ContextVar("fastsoftmax_plans", default=None)
+
+class Choices(NamedTuple):
+    """What the surroundings of a call decide.
+
+    Parameters
+    ----------
+    backend : str or None
+        The backend they force.
+    source : str
+        By what they force it.
+    plans : list of Plan, or None
+        Where they want plans recorded.
+    """
+
+    backend: str | None
+    source: str
+    plans: list[Plan] | None
+
+
+# The environment is read once: looking it up at every call would cost a small call a tenth of its time.
+_from_environment = Choices(os.environ.get("FASTSOFTMAX_BACKEND") or None, "FASTSOFTMAX_BACKEND", None)
+choices: ContextVar[Choices] = ContextVar("fastsoftmax_choices", default=_from_environment)
+
+# Functions of the compiled backend that serve the most usual small calls without the general way, once it is loaded.
+small_calls: SmallCalls | None = None
 
 
 @cache
@@ -161,11 +192,8 @@ def forced_backend(argument: str | None) -> Backend | None:
     """Return the backend that the argument, the context or the environment asks for; None where the choice is free."""
     if argument is not None:
         return _named(argument, "backend")
-    if (choice := _context_choice.get()) is not None:
-        return _named(choice, "backend")
-    if _environment_choice is not None:
-        return _named(_environment_choice, "FASTSOFTMAX_BACKEND")
-    return None
+    backend, source, _ = choices.get()
+    return None if backend is None else _named(backend, source)
 
 
 def select(dtype: np.dtype[Any], size: int, argument: str | None = None) -> BackendModule:
@@ -223,11 +251,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     backend = _named(name, "backend")
     select(np.dtype(np.float64), 0, backend.name)
-    token = _context_choice.set(name)
+    token = choices.set(choices.get()._replace(backend=name, source="backend"))
     try:
         yield
     finally:
-        _context_choice.reset(token)
+        choices.reset(token)
 
 
 @contextmanager
@@ -248,11 +276,11 @@ def record_plans() -> Iterator[list[Plan]]:
     ('numpy', 'array')
     """
     plans: list[Plan] = []
-    token = _recorder.set(plans)
+    token = choices.set(choices.get()._replace(plans=plans))
     try:
         yield plans
     finally:
-        _recorder.reset(token)
+        choices.reset(token)
 
 
 def execute(
@@ -267,5 +295,5 @@ def execute(
     """Plan one call, run it, and tell the recorder, if there is one, what served it."""
     plan = module.plan(function, layout, in_place)
     module.run(plan, layout, x, out, factors)
-    if (plans := _recorder.get()) is not None:
+    if (plans := choices.get().plans) is not None:
         plans.append(plan)

@@ -3,12 +3,14 @@
 This one source is built once for each instruction-set tier.
 """
 
+cimport cython
 cimport numpy as cnp
+from cpython.ref cimport Py_DECREF, PyObject
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport INFINITY, copysign, exp, fabs, fma, frexp, ldexp, log, log1p, rint
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 include "registers.pxi"
 include "state.pxi"
@@ -16,6 +18,10 @@ include "rows.pxi"
 include "gather.pxi"
 include "strips.pxi"
 include "weighted.pxi"
+
+
+cdef extern from "Python.h":
+    int PyContextVar_Get(object variable, PyObject* default_value, PyObject** value) except -1
 
 
 cnp.import_array()
@@ -32,6 +38,7 @@ cdef enum Traversal:
     TILES
 
 include "tiles.pxi"
+include "small_calls.pxi"
 
 
 cdef struct Job:

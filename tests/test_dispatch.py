@@ -16,9 +16,22 @@ FLOAT64 = np.dtype(np.float64)
 
 
 @pytest.fixture
-def nothing_forced(monkeypatch):
+def force_by_environment(monkeypatch):
+    """Choose a backend as the environment does when the package is imported."""
+    available_backends()  # loads the compiled backend, which remembers the true environment's choice
+
+    def force(name):
+        default = _dispatch.Choices(name, "FASTSOFTMAX_BACKEND", None)
+        monkeypatch.setattr(_dispatch, "choices", contextvars.ContextVar("choices", default=default))
+        monkeypatch.setattr(_dispatch, "small_calls", None)
+
+    return force
+
+
+@pytest.fixture
+def nothing_forced(monkeypatch, force_by_environment):
     """Take back what the environment of the test run forces."""
-    monkeypatch.setattr(_dispatch, "_environment_choice", None)
+    force_by_environment(None)
     monkeypatch.delenv("FASTSOFTMAX_ISA", raising=False)
 
 
@@ -148,7 +161,7 @@ def test_automatic_choice_passes_over_a_module_that_cannot_load(monkeypatch, tmp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_argument_goes_before_context_goes_before_environment(name, monkeypatch):
+def test_argument_goes_before_context_goes_before_environment(name, force_by_environment):
     if name not in available_backends():
         pytest.skip(unavailable_reason(BACKENDS[NAMES.index(name)]))
     x = np.ones(3)
@@ -158,7 +171,7 @@ def test_argument_goes_before_context_goes_before_environment(name, monkeypatch)
     with use_backend(name):
         assert backends_of(lambda: softmax(x)) == [name]
         assert backends_of(lambda: softmax(x, backend="numpy")) == ["numpy"]
-    monkeypatch.setattr(_dispatch, "_environment_choice", name)
+    force_by_environment(name)
     assert backends_of(lambda: softmax(x)) == [name]
     with use_backend("numpy"):
         assert backends_of(lambda: softmax(x)) == ["numpy"]
@@ -184,8 +197,8 @@ def test_unavailable_backends_are_answered_with_those_that_are(function, name):
 
 
 @pytest.mark.usefixtures("only_numpy")
-def test_a_forced_environment_never_falls_back(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_environment_choice", "numba")
+def test_a_forced_environment_never_falls_back(force_by_environment):
+    force_by_environment("numba")
     with pytest.raises(BackendUnavailableError):
         softmax([1.0])
 
@@ -208,13 +221,13 @@ def test_forced_backends_that_lack_a_dtype_name_those_that_have_it():
 
 
 def test_contexts_nest_and_end_with_an_exception():
-    assert _dispatch._context_choice.get() is None
+    assert _dispatch.choices.get().backend is None
     with use_backend("numpy"):
         with pytest.raises(KeyError), use_backend(available_backends()[0]):
-            assert _dispatch._context_choice.get() == available_backends()[0]
+            assert _dispatch.choices.get().backend == available_backends()[0]
             raise KeyError
-        assert _dispatch._context_choice.get() == "numpy"
-    assert _dispatch._context_choice.get() is None
+        assert _dispatch.choices.get().backend == "numpy"
+    assert _dispatch.choices.get().backend is None
 
 
 @pytest.mark.usefixtures("nothing_forced")

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
-from fastsoftmax import _schedule
+from fastsoftmax import _dispatch, _schedule
 from fastsoftmax._dispatch import Factors, ForcedTierError, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Layout
@@ -35,6 +35,9 @@ _SCRATCH_SHARE = 16
 # 1.3 us instead of 1.8, a million of 10 take 15 ms instead of 93; at 64 columns float64 loses.
 _MAX_TILE_COLS = 48
 _MIN_TILE_ROWS = 16
+
+# A call of fewer elements is not worth a second thread.
+_MAX_SERIAL_SIZE = 2 * _schedule.MIN_ELEMENTS_PER_THREAD
 
 # A call returns to Python between blocks of this many bytes of input, so that Ctrl-C is heard within some 10 ms; but a
 # block is one row at least.
@@ -70,8 +73,18 @@ def _initial_tier() -> str:
     return forced
 
 
-_tier = _initial_tier()
-_kernels = load_tier(_tier)
+_tier: str
+_kernels: Any
+
+
+def _serve_from(tier: str) -> None:
+    global _tier, _kernels
+    _tier, _kernels = tier, load_tier(tier)
+    _kernels.serve_small_calls(_dispatch.choices, _MAX_SERIAL_SIZE - 1, _MAX_TILE_COLS, _MIN_TILE_ROWS)
+    _dispatch.small_calls = _kernels
+
+
+_serve_from(_initial_tier())
 
 
 def active_tier() -> str:
@@ -82,15 +95,14 @@ def active_tier() -> str:
 @contextmanager
 def use_tier(tier: str) -> Iterator[None]:
     """Serve all calls of the process from another tier inside a ``with`` block: for tests and benchmarks."""
-    global _tier, _kernels
     if tier not in tiers():
         raise ValueError(f"tier must be one of {', '.join(tiers())} on this machine, not {tier!r}")
     before = _tier
-    _tier, _kernels = tier, load_tier(tier)
+    _serve_from(tier)
     try:
         yield
     finally:
-        _tier, _kernels = before, load_tier(before)
+        _serve_from(before)
 
 
 def kernel_addresses() -> dict[tuple[str, str], int]:
@@ -107,7 +119,7 @@ def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
 @lru_cache(maxsize=1024)
 def _serial_plan(function: Function, layout: Layout, in_place: bool, tier: str) -> Plan | None:
     """Return the plan of a call too small for threads; remembered, for making it takes longer than a short row."""
-    if layout.size >= 2 * _schedule.MIN_ELEMENTS_PER_THREAD:
+    if layout.size >= _MAX_SERIAL_SIZE:
         return None
     return Plan(function, "cython", tier, make_schedule(function, layout, in_place, 1))
 

@@ -1,0 +1,176 @@
+"""Small calls take a way of their own through compiled code, and give what the general way gives."""
+
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import fastsoftmax
+from fastsoftmax import _dispatch, record_plans, use_backend
+
+from .inputs import VALUES, values
+
+compiled = pytest.importorskip("fastsoftmax.backends.compiled")
+
+X = np.arange(12.0).reshape(3, 4)
+
+
+@pytest.fixture(params=["portable", "x86_64_v2", "x86_64_v3", "x86_64_v4"])
+def tier(request):
+    if request.param not in compiled.tiers():
+        pytest.skip(f"this machine or this build lacks the tier {request.param!r}; it has {compiled.tiers()}")
+    with compiled.use_tier(request.param), use_backend("cython"):
+        yield request.param
+
+
+@pytest.fixture
+def small(function):
+    """The function's small calls: what they return, or None."""
+
+    def call(x, axis=None, out=None, backend=None):
+        return getattr(_dispatch.small_calls, f"small_{function}")(x, axis, out, backend)
+
+    return call
+
+
+@pytest.fixture
+def general(function):
+    """The function by the general way, which records plans."""
+
+    def call(*arguments, **keywords):
+        with record_plans() as plans:
+            result = getattr(fastsoftmax, function)(*arguments, **keywords)
+        assert len(plans) == 1
+        return result
+
+    return call
+
+
+def assert_same(result, expected):
+    assert type(result) is type(expected)
+    assert result.dtype == expected.dtype
+    assert result.shape == expected.shape
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("axis", [None, -1, "last"])
+@pytest.mark.parametrize("shape", [(1,), (10,), (1, 1), (4, 10), (1000,), (2, 3, 70), (3, 20_000), (64, 1000)], ids=str)
+def test_the_same_bits(tier, function, small, general, dtype, rng, shape, axis):
+    x = rng.normal(size=shape).astype(dtype)
+    axis = x.ndim - 1 if axis == "last" else axis
+    expected = general(x, axis)
+    assert_same(small(x, axis), expected)
+    assert_same(getattr(fastsoftmax, function)(x, axis), expected)
+    out = np.empty_like(expected) if np.shape(expected) else np.empty((), dtype)
+    assert getattr(fastsoftmax, function)(x, axis, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_the_same_bits_for_all_kinds_of_values(tier, small, general, dtype, kind):
+    x = values(kind, 300, dtype, seed=1)
+    assert_same(small(x), general(x))
+
+
+def shared(offset):
+    memory = np.zeros(20)
+    return memory[:12].reshape(3, 4), 1, memory[offset : offset + 12].reshape(3, 4)
+
+
+NOT_SMALL = {
+    "a list": (X.tolist(), 1, None),
+    "a subclass": (X.view(np.recarray), 1, None),
+    "masked": (np.ma.masked_array(X), 1, None),
+    "integers": (X.astype(int), 1, None),
+    "float16": (X.astype(np.float16), 1, None),
+    "complex": (X.astype(complex), 1, None),
+    "long double": (X.astype(np.longdouble), 1, None),
+    "byte-swapped": (X.astype(X.dtype.newbyteorder()), 1, None),
+    "unaligned": (np.frombuffer(b"?" + X.tobytes(), X.dtype, offset=1).reshape(3, 4), 1, None),
+    "Fortran order": (np.asfortranarray(X), 1, None),
+    "strided": (X[:, ::2], 1, None),
+    "no dimensions": (np.array(3.0), None, None),
+    "no elements": (np.empty((3, 0)), 1, None),
+    "another axis": (X, 0, None),
+    "a tuple of axes": (X, (1,), None),
+    "an axis out of range": (X, 2, None),
+    "a bool for an axis": (X, True, None),
+    "an integer of NumPy for an axis": (X, np.int64(1), None),
+    "enough short rows for tiles": (np.zeros((100, 4)), 1, None),
+    "enough elements for threads": (np.zeros(10**6), 0, None),
+}
+BAD_OUTS = {
+    "a list": X.tolist(),
+    "of another dtype": np.empty((3, 4), np.float32),
+    "of another shape": np.empty((4, 3)),
+    "of more dimensions": np.empty((1, 3, 4)),
+    "of no dimensions": np.empty(()),
+    "strided": np.empty((3, 8))[:, ::2],
+    "byte-swapped": np.empty((3, 4), X.dtype.newbyteorder()),
+    "masked": np.ma.masked_array(X),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SMALL)
+def test_what_is_left_to_the_general_way(tier, small, case):
+    assert small(*NOT_SMALL[case]) is None
+
+
+@pytest.mark.parametrize("case", BAD_OUTS)
+def test_outs_that_are_left_to_the_general_way(tier, small, case):
+    before = np.array(BAD_OUTS[case])
+    assert small(X, 1, BAD_OUTS[case]) is None
+    np.testing.assert_array_equal(np.array(BAD_OUTS[case]), before)
+
+
+@pytest.mark.parametrize("offset", [1, 4, 8])
+def test_overlapping_outs_are_left_to_the_general_way(tier, offset):
+    assert _dispatch.small_calls.small_softmax(*shared(offset), None) is None
+
+
+def test_read_only_outs_are_left_to_the_general_way(tier):
+    out = np.empty_like(X)
+    out.flags.writeable = False
+    assert _dispatch.small_calls.small_softmax(X, 1, out, None) is None
+
+
+def test_other_choices_are_left_to_the_general_way(small):
+    with use_backend("cython"):
+        assert small(X) is not None
+        with record_plans():
+            assert small(X) is None
+    assert small(X, backend="numpy") is None
+    assert small(X, backend="nonsense") is None
+    with use_backend("numpy"):
+        assert small(X) is None
+        assert small(X, backend="cython") is not None
+        with use_backend("cython"):
+            assert small(X) is not None
+
+
+def test_no_reference_is_kept_or_lost(tier, small):
+    def references():
+        return [sys.getrefcount(value) for value in (x, out, None, -1, _dispatch.choices.get())]
+
+    x, out = np.ones(10), np.ones(10) if small(np.ones(10)).shape else np.ones(())
+    small(x, -1, out)
+    before = references()
+    for _ in range(1000):
+        small(x, -1, out)
+        small(x, 0, x.tolist())
+        small(x, -1)
+    after = references()
+    assert all(abs(b - a) < 50 for a, b in zip(before, after, strict=True))
+
+
+def test_memory_does_not_grow(tier, small):
+    x = np.ones((4, 100))
+    for _ in range(10):
+        small(x, -1)
+    tracemalloc.start()
+    for _ in range(1000):
+        small(x, -1)
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 2 * x.nbytes
