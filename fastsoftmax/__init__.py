@@ -7,6 +7,7 @@ from typing import Any
 
 from fastsoftmax._api import log_softmax, logsumexp, softmax
 from fastsoftmax._dispatch import BackendUnavailableError, Plan, available_backends, record_plans, use_backend
+from fastsoftmax._outputs import limit_output_cache
 from fastsoftmax._schedule import Schedule
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Plan",
     "Schedule",
     "available_backends",
+    "limit_output_cache",
     "log_softmax",
     "logsumexp",
     "record_plans",

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from fastsoftmax import _dispatch
 from fastsoftmax._dispatch import Factors, Function, execute, select
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
+from fastsoftmax._outputs import empty_like
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
@@ -257,7 +258,7 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
     if out is not None and _is_writable_as(out, working) and (in_place or not shared):
         target = out
     else:
-        target, in_place = np.empty_like(logits, dtype=working), False
+        target, in_place = empty_like(logits, working), False
     if target.size:
         execute(module, function, make_layout(data, axes, target), data, target, in_place)
     return _deliver(target, out, result)
