@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench}")
     info = "report versions, machine, backends and what is forced by the environment"
     commands.add_parser("info", help=info, description=f"{info.capitalize()}.")
-    bench = "time every backend beside NumPy, SciPy, torch, onnxruntime and a copy"
+    bench = "time every backend beside NumPy, SciPy, torch, onnxruntime, jax and a copy"
     bench_parser = commands.add_parser("bench", help=bench, description=_bench.DESCRIPTION)
     _bench.add_arguments(bench_parser)
     options = parser.parse_args(arguments)

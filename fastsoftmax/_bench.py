@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby, repeat
 from pathlib import Path
@@ -33,7 +33,7 @@ from fastsoftmax._layout import Array
 from fastsoftmax._schedule import max_threads
 
 Call = Callable[[], Any]
-Kind = Literal["backend", "peer", "copy"]
+Kind = Literal["backend", "peer", "copy", "read"]
 
 FUNCTIONS: tuple[Function, ...] = ("softmax", "log_softmax", "logsumexp")
 DTYPES = ("float32", "float64")
@@ -54,8 +54,8 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 # With one more busy process a two-thread torch.softmax of 64x1000 took 8 ms instead of 22 us.
 BUSY_LOAD = 0.5
 
-DESCRIPTION = """Time every backend of fastsoftmax beside NumPy, scipy.special, torch and onnxruntime, as far as they
-are installed, and beside a copy of the same bytes. Columns are medians in microseconds; the last ones compare the
+DESCRIPTION = """Time every backend of fastsoftmax beside NumPy, scipy.special, torch, onnxruntime and jax, as far as
+they are installed, and beside a copy of the same bytes. Columns are medians in microseconds; the last ones compare the
 backend that serves a plain call with the fastest peer (higher is better) and the fastest copy (lower is better)."""
 
 
@@ -75,10 +75,16 @@ class Case:
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        if self.dtype == "bfloat16":
+            import_module("ml_dtypes")  # which tells NumPy of it
+        return np.dtype(self.dtype)
+
     def data(self) -> Array:
         """Return seeded normals: zeros would spare every contender the branches that real data take."""
-        dtype = np.float32 if self.dtype == "float32" else np.float64
-        return np.random.default_rng(0).standard_normal(self.shape, dtype)
+        dtype = np.float64 if self.dtype == "float64" else np.float32
+        return np.random.default_rng(0).standard_normal(self.shape, dtype).astype(self.numpy_dtype, copy=False)
 
 
 def parse_case(text: str, dtype: str) -> Case:
@@ -128,8 +134,8 @@ class Contender:
     ----------
     name : str
         What its column is called; a backend's begins with ``fastsoftmax:``.
-    kind : {"backend", "peer", "copy"}
-        What it is compared as.
+    kind : {"backend", "peer", "copy", "read"}
+        What it is compared as; a copy and a read of the input compute nothing and are not checked.
     missing : callable
         Returns why it cannot run here, or None if it can.
     prepare : callable
@@ -145,7 +151,7 @@ class Contender:
 
 def _import_error(module: str) -> str | None:
     try:
-        importlib.import_module(module)
+        import_module(module)
     except ImportError as error:
         return str(error)
     return None
@@ -197,7 +203,7 @@ def _prepare_torch(function: Function, x: Array, axis: int, n_threads: int) -> C
 
     torch.set_num_threads(n_threads)
     result = _empty_output(function, x, axis)
-    compute = partial(getattr(torch, function), torch.from_numpy(x), axis, out=torch.from_numpy(result))
+    compute = partial(getattr(torch, function), as_tensor(x), axis, out=as_tensor(result))
 
     def call() -> Array:
         compute()
@@ -206,17 +212,35 @@ def _prepare_torch(function: Function, x: Array, axis: int, n_threads: int) -> C
     return call
 
 
-def _prepare_onnxruntime(function: Function, x: Array, axis: int, n_threads: int) -> Call:
+def as_tensor(x: Array) -> Any:
+    """Return an array as a torch tensor in the same memory; torch knows no dtype of ml_dtypes."""
+    import torch
+
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+# The numbers of the element types in onnx.proto.
+_ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
+
+
+def onnx_session(function: Function, x: Array, axis: int, n_threads: int) -> Any:
+    """Return an onnxruntime session that computes y = function(x) for arrays of the dtype of ``x``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
     model = _onnx_model(function, x.dtype, axis)
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _prepare_onnxruntime(function: Function, x: Array, axis: int, n_threads: int) -> Call:
+    session, element_type = onnx_session(function, x, axis, n_threads), _ONNX_TYPES[x.dtype.name]
     result = _empty_output(function, x, axis)
     binding = session.io_binding()
-    binding.bind_input("x", "cpu", 0, x.dtype, x.shape, x.ctypes.data)
-    binding.bind_output("y", "cpu", 0, result.dtype, result.shape, result.ctypes.data)
+    binding.bind_input("x", "cpu", 0, element_type, x.shape, x.ctypes.data)
+    binding.bind_output("y", "cpu", 0, element_type, result.shape, result.ctypes.data)
 
     def call() -> Array:
         session.run_with_iobinding(binding)
@@ -230,7 +254,7 @@ def _onnx_model(function: Function, dtype: np.dtype[Any], axis: int) -> bytes:
 
     The numbers are those of the fields in onnx.proto; writing them here spares the onnx package.
     """
-    element_type = {"float32": 1, "float64": 11}[dtype.name]
+    element_type = _ONNX_TYPES[dtype.name]
     operator = {"softmax": "Softmax", "log_softmax": "LogSoftmax", "logsumexp": "ReduceLogSumExp"}[function]
     if function == "logsumexp":
         attributes = [_message((1, "axes"), (8, axis), (20, 7)), _message((1, "keepdims"), (3, 0), (20, 2))]
@@ -263,6 +287,17 @@ def _varint(value: int) -> bytes:
     return bytes([*encoded, value])
 
 
+def prepare_jax(function: Function, x: Array, axis: int, n_threads: int) -> Call:
+    """Prepare a compiled call; jax has no ``out=``."""
+    os.environ["NPROC"] = str(n_threads)  # XLA's threads: read once, when the first array is made
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    compute = jax.jit(partial(getattr(jax.nn, function), axis=axis))
+    data = jax.device_put(x, jax.devices("cpu")[0])
+    return lambda: compute(data).block_until_ready()
+
+
 def _prepare_numpy_copy(function: Function, x: Array, axis: int, n_threads: int) -> Call:
     return partial(np.copyto, np.empty_like(x), x)
 
@@ -273,7 +308,7 @@ def _prepare_torch_copy(function: Function, x: Array, axis: int, n_threads: int)
     if n_threads == 1:
         return None  # the same memcpy as NumPy's
     torch.set_num_threads(n_threads)
-    return partial(torch.from_numpy(np.empty_like(x)).copy_, torch.from_numpy(x))
+    return partial(as_tensor(np.empty_like(x)).copy_, as_tensor(x))
 
 
 CONTENDERS = (
@@ -290,14 +325,15 @@ CONTENDERS = (
     Contender("scipy", "peer", partial(_import_error, "scipy.special"), _prepare_scipy),
     Contender("torch", "peer", partial(_import_error, "torch"), _prepare_torch),
     Contender("onnxruntime", "peer", partial(_import_error, "onnxruntime"), _prepare_onnxruntime),
+    Contender("jax", "peer", partial(_import_error, "jax"), prepare_jax),
     Contender("copy:numpy", "copy", lambda: None, _prepare_numpy_copy),
     Contender("copy:torch", "copy", partial(_import_error, "torch"), _prepare_torch_copy),
 )
 
 
 def reference(function: Function, x: Array, axis: int) -> Array:
-    """Compute a function in the next wider dtype: float32 in float64, float64 in long double."""
-    shifted: Array = x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)
+    """Compute a function in a wider dtype: float64 in long double, others in float64."""
+    shifted: Array = x.astype(np.float64 if x.itemsize < 8 else np.longdouble)
     maximum: Array = shifted.max(axis=axis, keepdims=True)
     np.subtract(shifted, maximum, out=shifted)
     terms: Array = np.exp(shifted)
@@ -358,7 +394,7 @@ class Measurement:
     @property
     def copied_bytes(self) -> int:
         """The bytes that a copy of the input reads and writes."""
-        return 2 * self.case.size * np.dtype(self.case.dtype).itemsize
+        return 2 * self.case.size * self.case.numpy_dtype.itemsize
 
     @property
     def moved_bytes(self) -> int:
@@ -386,6 +422,7 @@ def measure(
     n_threads: int,
     n_rounds: int,
     progress: Callable[[str], None],
+    turn_seconds: float = TURN_SECONDS,
 ) -> Measurement:
     """Check contenders on one case, then time those that are right, each once in every round."""
     x = case.data()
@@ -409,19 +446,19 @@ def measure(
             continue
         if served:
             plans[contender.name] = served[0]
-        if contender.kind != "copy":
+        if contender.kind in ("backend", "peer"):
             ulp = errors[contender.name] = error_in_ulp(np.asarray(result), expected)
-            if not ulp <= np.finfo(case.dtype).eps ** -0.5:  # half of the digits; NaN is not below it either
+            if not ulp <= np.spacing(x.dtype.type(1)) ** -0.5:  # half of the digits; NaN is not below it either
                 excluded[contender.name] = f"wrong: off by {ulp:.3g} ULP"
                 continue
         calls[contender.name] = call
     del expected
-    timings = _take_turns(calls, n_rounds, PAUSE_SECONDS if n_threads > 1 else 0.0, progress)
+    timings = _take_turns(calls, n_rounds, turn_seconds, PAUSE_SECONDS if n_threads > 1 else 0.0, progress)
     return Measurement(function, case, n_threads, chosen[0], plans, errors, excluded, timings)
 
 
 def _take_turns(
-    calls: dict[str, Call], n_rounds: int, pause: float, progress: Callable[[str], None]
+    calls: dict[str, Call], n_rounds: int, turn_seconds: float, pause: float, progress: Callable[[str], None]
 ) -> dict[str, Timing]:
     repeats = {name: _calls_per_sample(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -433,7 +470,7 @@ def _take_turns(
             for name in order:
                 sleep(pause)
                 turn: list[float] = []
-                end = perf_counter() + TURN_SECONDS
+                end = perf_counter() + turn_seconds
                 while not turn or perf_counter() < end:
                     turn.append(_seconds_per_call(calls[name], repeats[name]))
                 # The first sample finds the caches and the threads cold; where it is the only one, it is long enough
@@ -491,7 +528,7 @@ def table_row(measurement: Measurement, names: Sequence[str]) -> str:
     ours = measurement.chosen
     ratios = f"{measurement.fastest('peer') / ours:10.2f}{ours / measurement.fastest('copy'):10.2f}"
     head = f"{measurement.case.dtype:8} {measurement.case!s:14}"
-    return f"{head}{''.join(cells)}{ratios}  {_describe(measurement.choice)}"
+    return f"{head}{''.join(cells)}{ratios}  {describe(measurement.choice)}"
 
 
 def _group(name: str) -> str:
@@ -511,7 +548,8 @@ def _microseconds(seconds: float) -> str:
     return f"{microseconds:.2f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 
-def _describe(plan: Plan) -> str:
+def describe(plan: Plan) -> str:
+    """Return what served a call, in words: backend, tier, traversal/exponentials and what is special."""
     schedule = plan.schedule
     words = [plan.backend, plan.isa or "", f"{schedule.traversal}/{schedule.exponentials}"]
     words += ["streaming"] * schedule.streaming + [f"{schedule.n_threads} threads"] * (schedule.n_threads > 1)
@@ -613,7 +651,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"\n{function}: median microseconds per call\n{table_header(names)}", flush=True)
         for case in cases:
             number = f"[{len(measurements) + 1}/{len(options.functions) * len(cases)}]"
-            with _progress(f"{number} {function} {case.dtype} {case}") as progress:
+            with show_progress(f"{number} {function} {case.dtype} {case}") as progress:
                 measurements.append(measure(function, case, contenders, n_threads, n_rounds, progress))
             print(table_row(measurements[-1], names), flush=True)
     failures = [
@@ -640,7 +678,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 @contextmanager
-def _progress(case: str) -> Iterator[Callable[[str], None]]:
+def show_progress(case: str) -> Iterator[Callable[[str], None]]:
     """Show on stderr what a case is at: on one line of a terminal, else one line per case."""
     if sys.stderr.isatty():
         yield lambda step: print(f"\r\033[K{case}: {step}", end="", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Backends in colours that the colour-blind tell apart, peers in grey outlines: the eye compares ours with the field.
 _BACKEND_STYLES = (("o", "#0072B2"), ("D", "#D55E00"), ("s", "#009E73"))
-_PEER_MARKERS = ("^", "v", "s", "P")
+_PEER_MARKERS = ("^", "v", "s", "P", "X")
 _GREY, _COPY = "#555555", "#dfe5ea"
 _ROW_HEIGHT, _PANEL_WIDTH = 0.34, 4.9  # inches
 

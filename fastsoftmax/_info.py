@@ -25,7 +25,7 @@ Line = tuple[str, str]
 def versions() -> dict[str, str | None]:
     """Return the version of each package a result may depend on; None where it is not installed."""
     found: dict[str, str | None] = {"fastsoftmax": fastsoftmax.__version__, "python": platform.python_version()}
-    for name in ("numpy", "numba", "numba-cuda", "scipy", "torch", "onnxruntime"):
+    for name in ("numpy", "numba", "numba-cuda", "scipy", "torch", "onnxruntime", "jax", "ml_dtypes"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
