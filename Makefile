@@ -4,11 +4,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers test lint asv wheel clean
+.PHONY: help bench bench-peers compare test lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -16,10 +17,11 @@ help: ## List the targets
 bench: $(READY) ## Time fastsoftmax against its peers: build/bench.json, build/bench.svg
 	$(BIN)/python -m fastsoftmax bench --json build/bench.json --plot build/bench.svg
 
-PEERS := onnxruntime torch
-bench-peers: $(READY) ## The same with further peers installed: PEERS="onnxruntime torch"
-	$(BIN)/python -m pip install --quiet $(PEERS)
+bench-peers: $(PEERS) ## The same with torch, onnxruntime and jax installed
 	$(MAKE) bench
+
+compare: $(PEERS) ## Hold fastsoftmax against its targets, at 1 and 2 threads: build/compare.json
+	$(BIN)/python benchmarks/compare.py --json build/compare.json $(COMPARE_FLAGS)
 
 test: lint ## Lint, then run every test and doctest; a warning is an error
 	find fastsoftmax -name '*.nb[ci]' -delete  # Numba's cache does not notice edits in other files
@@ -47,6 +49,7 @@ clean: ## Remove the venv and everything built or cached
 missing = { echo "fastsoftmax needs $(1). On Debian or Ubuntu: apt-get install $(APT_PACKAGES)" >&2; exit 1; }
 APT_PACKAGES := python3-venv python3-dev gcc
 
+$(READY): EXTRAS := test,bench,dev
 $(READY): pyproject.toml meson.build
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || $(call missing,Python 3.10 or newer)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call missing,Python with its venv module)
@@ -55,6 +58,16 @@ $(READY): pyproject.toml meson.build
 	@command -v $(firstword $(CC)) >/dev/null || $(call missing,a C compiler)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet meson-python cython numpy ninja
-	CYTHON=$(CURDIR)/$(BIN)/cython \
-		$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,bench,dev]'
+	$(INSTALL)
 	@touch $@
+
+# PyPI's torch for Linux brings 3 GB of CUDA along; that of PyTorch's own index, which is preferred where it can be
+# reached, does not.
+$(PEERS): EXTRAS := peers
+$(PEERS): $(READY)
+	$(INSTALL) --extra-index-url https://download.pytorch.org/whl/cpu
+	@touch $@
+
+INSTALL = CYTHON=$(CURDIR)/$(BIN)/cython \
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS)]'
+

@@ -523,7 +523,7 @@ def table_row(measurement: Measurement, names: Sequence[str]) -> str:
     cells = []
     for name in names:
         timing, (verdict, _, _) = measurement.timings.get(name), measurement.excluded.get(name, "-").partition(":")
-        cell = _microseconds(timing.median) if timing else verdict
+        cell = microseconds(timing.median) if timing else verdict
         cells.append(f"{cell:>{_width(name)}}")
     ours = measurement.chosen
     ratios = f"{measurement.fastest('peer') / ours:10.2f}{ours / measurement.fastest('copy'):10.2f}"
@@ -543,9 +543,10 @@ def _width(name: str) -> int:
     return max(len(_short(name)) + 1, 10)
 
 
-def _microseconds(seconds: float) -> str:
-    microseconds = seconds * 1e6
-    return f"{microseconds:.2f}" if microseconds < 100 else f"{microseconds:,.0f}"
+def microseconds(seconds: float) -> str:
+    """Return a time as the table shows it."""
+    value = seconds * 1e6
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def describe(plan: Plan) -> str:
@@ -559,16 +560,16 @@ def describe(plan: Plan) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``bench``."""
     parser.add_argument(
-        "--functions", type=_list_of(FUNCTIONS), default=("softmax",), help=f"of {', '.join(FUNCTIONS)} [softmax]"
+        "--functions", type=list_of(FUNCTIONS), default=("softmax",), help=f"of {', '.join(FUNCTIONS)} [softmax]"
     )
-    parser.add_argument("--dtypes", type=_list_of(DTYPES), default=DTYPES, help=f"of {', '.join(DTYPES)} [both]")
+    parser.add_argument("--dtypes", type=list_of(DTYPES), default=DTYPES, help=f"of {', '.join(DTYPES)} [both]")
     parser.add_argument(
         "--shapes", type=_shapes, help="such as 64x1000,4096x4096@0: sizes, and the axis if it is not the last"
     )
     parser.add_argument(
-        "--threads", type=_positive_integer, help="for every contender that has threads [all usable cores]"
+        "--threads", type=positive_integer, help="for every contender that has threads [all usable cores]"
     )
-    parser.add_argument("--rounds", type=_positive_integer, help=f"turns of each contender in each case [{ROUNDS}]")
+    parser.add_argument("--rounds", type=positive_integer, help=f"turns of each contender in each case [{ROUNDS}]")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -578,7 +579,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=_plot_path, metavar="FILE.svg|FILE.png", help="draw the figures (matplotlib)")
 
 
-def _list_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+def list_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of names with commas between them, each one of those known."""
+
     def parse(text: str) -> tuple[str, ...]:
         chosen = tuple(name.strip() for name in text.split(","))
         for name in chosen:
@@ -599,7 +602,8 @@ def _shapes(text: str) -> tuple[str, ...]:
     return shapes
 
 
-def _positive_integer(text: str) -> int:
+def positive_integer(text: str) -> int:
+    """Parse the value of an option that must be 1 or more."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
@@ -634,10 +638,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     n_rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
 
     machine, versions = _info.machine(), _info.versions()
-    print(f"fastsoftmax {versions['fastsoftmax']}, {machine['cpu']}, {n_threads} of {machine['usable_cores']} cores")
-    load = machine["load_average"]
-    if load is not None and load > BUSY_LOAD:
-        print(f"load average {load:.1f}: other processes are using this machine, and the figures suffer from it")
+    print(introduction(machine, versions, str(n_threads)))
     contenders = []
     for contender in CONTENDERS:
         if (reason := contender.missing()) is None:
@@ -675,6 +676,15 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             measurements, CONTENDERS, f"{machine['cpu']}, {n_threads} thread{'s' * (n_threads > 1)}", options.plot
         )
     return 1 if any(failure.startswith("fastsoftmax:") for failure in failures) else 0
+
+
+def introduction(machine: dict[str, Any], versions: dict[str, str | None], threads: str) -> str:
+    """Return the line above a table that says what it is measured on, and another if the machine is busy."""
+    line = f"fastsoftmax {versions['fastsoftmax']}, {machine['cpu']}, {threads} of {machine['usable_cores']} cores"
+    load = machine["load_average"]
+    if load is not None and load > BUSY_LOAD:
+        line += f"\nload average {load:.1f}: other processes are using this machine, and the figures suffer from it"
+    return line
 
 
 @contextmanager
