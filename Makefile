@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare test lint asv wheel clean
+.PHONY: help bench bench-peers compare figures test lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ bench-peers: $(PEERS) ## The same with torch, onnxruntime and jax installed
 
 compare: $(PEERS) ## Hold fastsoftmax against its targets, at 1 and 2 threads: build/compare.json
 	$(BIN)/python benchmarks/compare.py --json build/compare.json $(COMPARE_FLAGS)
+
+figures: $(PEERS) ## Measure and draw the figures of docs/performance.md: build/figures.json
+	$(BIN)/python benchmarks/figures.py --json build/figures.json
 
 test: lint ## Lint, then run every test and doctest; a warning is an error
 	find fastsoftmax -name '*.nb[ci]' -delete  # Numba's cache does not notice edits in other files
