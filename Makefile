@@ -64,11 +64,11 @@ $(READY): pyproject.toml meson.build
 	$(INSTALL)
 	@touch $@
 
-# PyPI's torch for Linux brings 3 GB of CUDA along; that of PyTorch's own index, which is preferred where it can be
-# reached, does not.
+# PyPI's torch for Linux brings gigabytes of CUDA along; that of PyTorch's own index, tried first, does not.
 $(PEERS): EXTRAS := peers
 $(PEERS): $(READY)
-	$(INSTALL) --extra-index-url https://download.pytorch.org/whl/cpu
+	-$(BIN)/python -m pip install --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu torch
+	$(INSTALL)
 	@touch $@
 
 INSTALL = CYTHON=$(CURDIR)/$(BIN)/cython \
