@@ -264,13 +264,8 @@ def answer(question, result):
     remarks = [f"{name} {reason.partition(':')[0]}" for name, reason in result.excluded.items()]
     if yardstick == "AVX2" and (other := result.timings.get("onnxruntime")):
         remarks.append(f"onnxruntime, not held to AVX2: {ours / other.median:.2f}")
-    names = YARDSTICKS[yardstick]
-    if yardstick == "copy" and (threaded := result.timings.get("copy:torch")):
-        names = ("copy:torch",)  # as many threads as the others
-        if (other := result.timings["copy:numpy"].median) < threaded.median:
-            remarks.append(f"copy:numpy, on one thread, is faster: {ours / other:.2f}")
     plan = result.plans.get("fastsoftmax", result.choice)
-    compared = fastest(result, names) + fastest(result, YARDSTICKS["AVX2"] if job.tier else PEERS)
+    compared = fastest(result, YARDSTICKS[yardstick]) + fastest(result, YARDSTICKS["AVX2"] if job.tier else PEERS)
     return Answer(*asked, ours, *compared, _bench.describe(plan), ", ".join(remarks))
 
 
