@@ -132,6 +132,7 @@ def draw_speedup(document, path):
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], format="{x:g}")
+    bar.minorticks_off()
     bar.set_label("time of the fastest peer over that of fastsoftmax")
     axes.set_title(
         title(document, "softmax of float32 along the last axis: speed-up over the fastest peer"), fontsize=11
