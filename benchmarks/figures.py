@@ -81,7 +81,8 @@ def draw_bandwidth(document, path):
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
 
-    plot("copy", lambda times: times.get("copy:torch", times["copy:numpy"]), color="black", linestyle=":")
+    copies = ("copy:numpy", "copy:torch")
+    plot("copy", lambda times: min(times[name] for name in copies if name in times), color="black", linestyle=":")
     for name, style in STYLES.items():
         plot(name, lambda times, name=name: times.get(name), **({"linewidth": 1, "markersize": 4} | style))
     for level, name in (("private", "L2"), ("last_level", "last level")):
