@@ -168,4 +168,5 @@ def test_errors_count_units_in_the_last_place():
     expected = np.array([1.0, 0.25])
     result = np.array([1.0, np.nextafter(np.nextafter(np.float32(0.25), np.float32(1)), np.float32(1))], np.float32)
     assert _bench.error_in_ulp(result, expected) == 2
+    assert _bench.error_in_ulp(result, expected, expected * 4) == 0.5
     assert np.isnan(_bench.error_in_ulp(np.array([np.nan, 0.25], np.float32), expected))
