@@ -3,6 +3,7 @@
 The functions are drop-ins for those of `scipy.special`, computed by single-pass online kernels in Cython or Numba.
 """
 
+import sys
 from typing import Any
 
 from fastsoftmax._api import log_softmax, logsumexp, softmax
@@ -22,6 +23,12 @@ __all__ = [
     "softmax",
     "use_backend",
 ]
+
+if "threadpoolctl" in sys.modules:  # else when the compiled backend is loaded: importing it takes a few milliseconds
+    from fastsoftmax._threadpool import register
+
+    register()
+    del register
 
 
 def __getattr__(name: str) -> Any:

@@ -68,8 +68,8 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
-    small = _dispatch.small_calls
-    if small is not None and (result := small.small_softmax(x, axis, out, backend)) is not None:
+    direct = _dispatch.direct_calls
+    if direct is not None and (result := direct.direct_softmax(x, axis, out, backend)) is not None:
         return result
     return _map_rows("softmax", x, axis, out, backend)
 
@@ -113,8 +113,8 @@ def log_softmax(
     >>> log_softmax([1000.0, 0.0])
     array([    0., -1000.])
     """
-    small = _dispatch.small_calls
-    if small is not None and (result := small.small_log_softmax(x, axis, out, backend)) is not None:
+    direct = _dispatch.direct_calls
+    if direct is not None and (result := direct.direct_log_softmax(x, axis, out, backend)) is not None:
         return result
     return _map_rows("log_softmax", x, axis, out, backend)
 
@@ -206,9 +206,9 @@ def logsumexp(
     >>> logsumexp([1.0, 1.0], b=[1.0, -2.0], return_sign=True)
     (np.float64(1.0), np.float64(-1.0))
     """
-    small = _dispatch.small_calls
-    if small is not None and b is None and not (keepdims or return_sign):
-        result = small.small_logsumexp(a, axis, out, backend)
+    direct = _dispatch.direct_calls
+    if direct is not None and b is None and not (keepdims or return_sign):
+        result = direct.direct_logsumexp(a, axis, out, backend)
         if result is not None:
             return result
     terms, factors = _numbers(a, "a"), None

@@ -59,14 +59,16 @@ class BackendModule(Protocol):
     def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
 
 
-class SmallCalls(Protocol):
-    """What the compiled backend offers for small calls: each returns None if the call is not a plain small one."""
+class DirectCalls(Protocol):
+    """What the compiled backend offers for the most usual calls: each returns None if the call is not one of them."""
 
-    def small_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+    def direct_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
 
-    def small_log_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+    def direct_log_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
 
-    def small_logsumexp(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+    def direct_logsumexp(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+    def forget_schedules(self) -> None: ...
 
 
 class BackendUnavailableError(RuntimeError):
@@ -136,8 +138,8 @@ class Choices(NamedTuple):
 _from_environment = Choices(os.environ.get("FASTSOFTMAX_BACKEND") or None, "FASTSOFTMAX_BACKEND", None)
 choices: ContextVar[Choices] = ContextVar("fastsoftmax_choices", default=_from_environment)
 
-# Functions of the compiled backend that serve the most usual small calls without the general way, once it is loaded.
-small_calls: SmallCalls | None = None
+# Functions of the compiled backend that serve the most usual calls without the general way, once it is loaded.
+direct_calls: DirectCalls | None = None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Run the blocks of one call on several threads.
+"""Run the blocks of one call of the Numba backend on several threads. The compiled backend has a pool of its own.
 
 The kernels release the GIL and no row is divided between blocks, so a plain thread pool is enough, and which thread
 runs which block never changes a result. The pool starts at first use and is dropped in a forked child, whose

@@ -68,14 +68,30 @@ def cache_sizes() -> Caches:
     return Caches(private, max(sizes.get(max(sizes, default=0), 0), 8 * 1024 * 1024, private))
 
 
+_thread_limit: int | None = None
+
+
 def max_threads() -> int:
     """Return ``FASTSOFTMAX_NUM_THREADS`` if it is set, else the number of cores this process may use.
+
+    It is not more than threadpoolctl allows.
 
     Raises
     ------
     ValueError
         If the variable is set to anything but a positive integer.
     """
+    n_threads = _threads_without_limit()
+    return n_threads if _thread_limit is None else min(n_threads, _thread_limit)
+
+
+def limit_threads(n_threads: int) -> None:
+    """Allow so many threads from now on; there is no limit where it is no less than there would be without one."""
+    global _thread_limit
+    _thread_limit = max(n_threads, 1) if n_threads < _threads_without_limit() else None
+
+
+def _threads_without_limit() -> int:
     text = os.environ.get("FASTSOFTMAX_NUM_THREADS")
     if text is None or text == "":
         affinity = getattr(os, "sched_getaffinity", None)

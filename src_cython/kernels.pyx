@@ -5,12 +5,13 @@ This one source is built once for each instruction-set tier.
 
 cimport cython
 cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, PyObject
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport INFINITY, copysign, exp, fabs, fma, frexp, ldexp, log, log1p, rint
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy
+from libc.stdlib cimport free, getenv, malloc
+from libc.string cimport memcmp, memcpy, memset, strncmp, strncpy
 
 include "registers.pxi"
 include "state.pxi"
@@ -18,6 +19,19 @@ include "rows.pxi"
 include "gather.pxi"
 include "strips.pxi"
 include "weighted.pxi"
+
+
+from fastsoftmax._threads import address as address_of_threads
+
+ctypedef void (*block_function)(void* context, Py_ssize_t block) noexcept nogil
+ctypedef void (*thread_function)(
+    block_function run, void* context, Py_ssize_t n_blocks, int n_threads) noexcept nogil
+
+cdef thread_function run_on_threads = <thread_function><uintptr_t>address_of_threads()
+
+cdef enum:
+    # Blocks that each thread gets between two looks for Ctrl-C: a call in fewer, as most are, is handed over at once.
+    BLOCKS_IN_A_PART = 4
 
 
 cdef extern from "Python.h":
@@ -38,7 +52,6 @@ cdef enum Traversal:
     TILES
 
 include "tiles.pxi"
-include "small_calls.pxi"
 
 
 cdef struct Job:
@@ -50,7 +63,15 @@ cdef struct Job:
     Dimensions row
 
 
-cdef struct WeightedJob:
+cdef struct WeightedCall:
+    const void* a
+    const void* b
+    void* y
+    void* signs
+    bint is_single
+    Py_ssize_t first  # block of the part of the call that runs now
+    Py_ssize_t n_blocks
+    bint lacks_memory
     Dimensions a_kept
     Dimensions a_row
     Dimensions b_kept
@@ -81,11 +102,21 @@ cdef inline Py_ssize_t total_size(const Dimensions* dimensions) noexcept nogil:
     return result
 
 
+cdef struct Call:
+    Job* job
+    const void* x
+    void* y
+    bint is_single
+    Py_ssize_t first  # block of the part of the call that runs now
+    Py_ssize_t n_blocks
+    bint lacks_memory
+
+
 def run(
     int function, int traversal, int exponentials, bint streaming, tuple kept, tuple reduced, cnp.ndarray x,
-    cnp.ndarray out, int block, int n_blocks
+    cnp.ndarray out, Py_ssize_t n_blocks, int n_threads
 ):
-    """Run one of `n_blocks` equal parts of a call.
+    """Run a call.
 
     Parameters
     ----------
@@ -97,23 +128,61 @@ def run(
         The layout.
     x, out : ndarray
         Aligned and native, both float32 or both float64.
-    block, n_blocks : int
-        Which part.
+    n_blocks, n_threads : int
+        Into how many equal parts it is cut, and how many threads share them.
     """
     cdef Job job
-    cdef const void* source = cnp.PyArray_DATA(x)
-    cdef void* target = cnp.PyArray_DATA(out)
-    cdef bint is_single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, enough_memory
     job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
     job.streaming = streaming
     job.kept, job.row = dimensions(kept), dimensions(reduced)
-    with nogil:
-        if is_single:
-            enough_memory = run_block(<const f32v*>source, <f32v*>target, &job, block, n_blocks)
-        else:
-            enough_memory = run_block(<const f64v*>source, <f64v*>target, &job, block, n_blocks)
-    if not enough_memory:
+    run_job(&job, x, out, n_blocks, n_threads, True)
+
+
+cdef int run_job(
+    Job* job, cnp.ndarray x, cnp.ndarray out, Py_ssize_t n_blocks, int n_threads, bint releases
+) except -1:
+    """Run a job; unless it `releases` the GIL, in one block."""
+    cdef Call call
+    call.job, call.x, call.y = job, cnp.PyArray_DATA(x), cnp.PyArray_DATA(out)
+    call.is_single, call.n_blocks = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, n_blocks
+    call.lacks_memory = False
+    if releases:
+        run_in_parts(run_block_of_call, &call, &call.first, n_blocks, n_threads)
+    else:
+        call.first = 0
+        run_block_of_call(&call, 0)
+    if call.lacks_memory:
         raise MemoryError("no memory for the scratch of a softmax row")
+    return 0
+
+
+cdef void run_block_of_call(void* context, Py_ssize_t block) noexcept nogil:
+    cdef Call* call = <Call*>context
+    cdef Job job = call.job[0]
+    cdef bint has_memory
+    if call.is_single:
+        has_memory = run_block(<const f32v*>call.x, <f32v*>call.y, &job, call.first + block, call.n_blocks)
+    else:
+        has_memory = run_block(<const f64v*>call.x, <f64v*>call.y, &job, call.first + block, call.n_blocks)
+    if not has_memory:
+        call.lacks_memory = True
+
+
+cdef int run_in_parts(
+    block_function run_one, void* context, Py_ssize_t* first, Py_ssize_t n_blocks, int n_threads
+) except -1:
+    """Run the blocks of a call on threads, a few for each thread at a time, so that Ctrl-C is heard in between.
+
+    `first` is where the function that runs a block finds the number that its own counts from.
+    """
+    cdef Py_ssize_t n_together = BLOCKS_IN_A_PART * n_threads
+    first[0] = 0
+    while first[0] < n_blocks:
+        with nogil:
+            run_on_threads(run_one, context, min(n_together, n_blocks - first[0]), n_threads)
+        PyErr_CheckSignals()
+        first[0] += n_together
+    return 0
 
 
 cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t n_blocks) noexcept nogil:
@@ -200,9 +269,10 @@ cdef inline void run_strip(
 
 
 def run_weighted(
-    tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b, cnp.ndarray out, cnp.ndarray sign, int block, int n_blocks
+    tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b, cnp.ndarray out, cnp.ndarray sign, Py_ssize_t n_blocks,
+    int n_threads
 ):
-    """Run one of `n_blocks` equal parts of a weighted logsumexp.
+    """Run a weighted logsumexp.
 
     Parameters
     ----------
@@ -212,26 +282,32 @@ def run_weighted(
         Aligned and native, all float32 or all float64.
     sign : ndarray or None
         Where the signs go, with the strides of `out`; None to have NaN for the logarithm of a negative sum.
-    block, n_blocks : int
-        Which part.
+    n_blocks, n_threads : int
+        Into how many equal parts it is cut, and how many threads share them.
     """
-    cdef WeightedJob job
-    cdef const void* a_data = cnp.PyArray_DATA(a)
-    cdef const void* b_data = cnp.PyArray_DATA(b)
-    cdef void* target = cnp.PyArray_DATA(out)
-    cdef void* sign_target = NULL if sign is None else cnp.PyArray_DATA(sign)
-    cdef bint is_single = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32, enough_memory
-    job.a_kept, job.a_row = dimensions(kept), dimensions(reduced)
-    job.b_kept, job.b_row = dimensions_of_factors(kept), dimensions_of_factors(reduced)
-    with nogil:
-        if is_single:
-            enough_memory = run_weighted_block(
-                <const f32v*>a_data, <const f32v*>b_data, <f32v*>target, <f32v*>sign_target, &job, block, n_blocks)
-        else:
-            enough_memory = run_weighted_block(
-                <const f64v*>a_data, <const f64v*>b_data, <f64v*>target, <f64v*>sign_target, &job, block, n_blocks)
-    if not enough_memory:
+    cdef WeightedCall call
+    call.a, call.b, call.y = cnp.PyArray_DATA(a), cnp.PyArray_DATA(b), cnp.PyArray_DATA(out)
+    call.signs = NULL if sign is None else cnp.PyArray_DATA(sign)
+    call.is_single, call.n_blocks = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32, n_blocks
+    call.lacks_memory = False
+    call.a_kept, call.a_row = dimensions(kept), dimensions(reduced)
+    call.b_kept, call.b_row = dimensions_of_factors(kept), dimensions_of_factors(reduced)
+    run_in_parts(run_weighted_block_of_call, &call, &call.first, n_blocks, n_threads)
+    if call.lacks_memory:
         raise MemoryError("no memory for the scratch of a weighted sum")
+
+
+cdef void run_weighted_block_of_call(void* context, Py_ssize_t block) noexcept nogil:
+    cdef WeightedCall* call = <WeightedCall*>context
+    cdef bint has_memory
+    if call.is_single:
+        has_memory = run_weighted_block(
+            <const f32v*>call.a, <const f32v*>call.b, <f32v*>call.y, <f32v*>call.signs, call, call.first + block)
+    else:
+        has_memory = run_weighted_block(
+            <const f64v*>call.a, <const f64v*>call.b, <f64v*>call.y, <f64v*>call.signs, call, call.first + block)
+    if not has_memory:
+        call.lacks_memory = True
 
 
 cdef Dimensions dimensions_of_factors(tuple layout):
@@ -243,20 +319,20 @@ cdef Dimensions dimensions_of_factors(tuple layout):
 
 
 cdef bint run_weighted_block(
-    const vec* a, const vec* b, vec* y, vec* signs, const WeightedJob* job, Py_ssize_t block, Py_ssize_t n_blocks
+    const vec* a, const vec* b, vec* y, vec* signs, const WeightedCall* call, Py_ssize_t block
 ) noexcept nogil:
-    cdef Py_ssize_t n = total_size(&job.a_row), n_rows = total_size(&job.a_kept), row, a_offset, b_offset, y_offset
+    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept), row, a_offset, b_offset, y_offset
     cdef double result, sign
     cdef vec* scratch = <vec*>malloc(2 * weighted_length(a) * itemsize(a))
     if scratch == NULL:
         return False
-    for row in range(n_rows * block // n_blocks, n_rows * (block + 1) // n_blocks):
-        locate(&job.b_kept, row, &b_offset, &y_offset)
-        locate(&job.a_kept, row, &a_offset, &y_offset)
+    for row in range(n_rows * block // call.n_blocks, n_rows * (block + 1) // call.n_blocks):
+        locate(&call.b_kept, row, &b_offset, &y_offset)
+        locate(&call.a_kept, row, &a_offset, &y_offset)
         result = weighted_log_sum(
             fold_weighted(
-                <const vec*>(<const char*>a + a_offset), <const vec*>(<const char*>b + b_offset), &job.a_row,
-                &job.b_row, n, scratch),
+                <const vec*>(<const char*>a + a_offset), <const vec*>(<const char*>b + b_offset), &call.a_row,
+                &call.b_row, n, scratch),
             &sign)
         if signs != NULL:
             put(<vec*>(<char*>signs + y_offset), 0, sign)
@@ -265,6 +341,9 @@ cdef bint run_weighted_block(
         put(<vec*>(<char*>y + y_offset), 0, result)
     free(scratch)
     return True
+
+
+include "direct_calls.pxi"
 
 
 # The state as Python sees it, for the tests of its laws: a tuple (maximum, offset, exponent, high, low).

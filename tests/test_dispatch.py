@@ -23,7 +23,7 @@ def force_by_environment(monkeypatch):
     def force(name):
         default = _dispatch.Choices(name, "FASTSOFTMAX_BACKEND", None)
         monkeypatch.setattr(_dispatch, "choices", contextvars.ContextVar("choices", default=default))
-        monkeypatch.setattr(_dispatch, "small_calls", None)
+        monkeypatch.setattr(_dispatch, "direct_calls", None)
 
     return force
 

@@ -152,11 +152,11 @@ def caches_of(private, last_level):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_schedule, "cache_sizes", lambda: Caches(private, last_level))
-        compiled._serial_plan.cache_clear()  # plans are remembered, as caches never change
+        compiled.make_schedule.cache_clear()  # plans are remembered, as caches never change
         try:
             yield
         finally:
-            compiled._serial_plan.cache_clear()
+            compiled.make_schedule.cache_clear()
 
 
 def run(function, x, axis, out):

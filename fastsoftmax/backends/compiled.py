@@ -12,10 +12,10 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
-from fastsoftmax import _dispatch, _schedule
+from fastsoftmax import _dispatch, _schedule, _threadpool
 from fastsoftmax._dispatch import Factors, ForcedTierError, Function, Plan
-from fastsoftmax._executor import run_blocks
-from fastsoftmax._layout import Array, Layout
+from fastsoftmax._layout import Array, Layout, c_order_layout
+from fastsoftmax._outputs import empty_like
 from fastsoftmax._schedule import Exponentials, Schedule, Traversal
 
 # Best first. `portable` is compiled for every processor of the architecture; away from x86-64 it is the only one.
@@ -23,6 +23,7 @@ TIERS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "portable")
 
 # The numbers by which the kernels know their choices: the enumerations in src_cython.
 _FUNCTIONS: dict[Function, int] = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
+_FUNCTION_NAMES = {number: name for name, number in _FUNCTIONS.items()}
 _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
@@ -80,11 +81,8 @@ _kernels: Any
 def _serve_from(tier: str) -> None:
     global _tier, _kernels
     _tier, _kernels = tier, load_tier(tier)
-    _kernels.serve_small_calls(_dispatch.choices, _MAX_SERIAL_SIZE - 1, _MAX_TILE_COLS, _MIN_TILE_ROWS)
-    _dispatch.small_calls = _kernels
-
-
-_serve_from(_initial_tier())
+    _kernels.serve_direct_calls(_dispatch.choices, _direct_schedule, empty_like)
+    _dispatch.direct_calls = _kernels
 
 
 def active_tier() -> str:
@@ -112,20 +110,35 @@ def kernel_addresses() -> dict[tuple[str, str], int]:
 
 
 def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
-    serial = _serial_plan(function, layout, in_place, _tier)
-    return serial or Plan(function, "cython", _tier, make_schedule(function, layout, in_place, _schedule.max_threads()))
+    return Plan(function, "cython", _tier, _choose_schedule(function, layout, in_place))
+
+
+def _choose_schedule(function: Function, layout: Layout, in_place: bool) -> Schedule:
+    max_threads = _schedule.max_threads() if layout.size >= _MAX_SERIAL_SIZE else 1
+    return make_schedule(function, layout, in_place, max_threads)
+
+
+def _direct_schedule(
+    function: int, itemsize: int, outer: int, n: int, inner: int, in_place: bool
+) -> tuple[int, int, bool, int, int]:
+    """Choose the schedule of an array in C order, in the numbers of the kernels."""
+    name = _FUNCTION_NAMES[function]
+    schedule = _choose_schedule(name, c_order_layout(outer, n, inner, itemsize, name == "logsumexp"), in_place)
+    return (
+        _TRAVERSALS[schedule.traversal],
+        _EXPONENTIALS[schedule.exponentials],
+        schedule.streaming,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
 
 
 @lru_cache(maxsize=1024)
-def _serial_plan(function: Function, layout: Layout, in_place: bool, tier: str) -> Plan | None:
-    """Return the plan of a call too small for threads; remembered, for making it takes longer than a short row."""
-    if layout.size >= _MAX_SERIAL_SIZE:
-        return None
-    return Plan(function, "cython", tier, make_schedule(function, layout, in_place, 1))
-
-
 def make_schedule(function: Function, layout: Layout, in_place: bool, max_threads: int) -> Schedule:
-    """Choose the traversal from the strides, and from the sizes where the exponentials wait for their sum."""
+    """Choose the traversal from the strides, and from the sizes where the exponentials wait for their sum.
+
+    Remembered, for choosing takes longer than a short row.
+    """
     n_bytes = layout.size * layout.itemsize
     n_threads = max(1, min(layout.size // _schedule.MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
@@ -177,7 +190,8 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
     else:
         kernel = _kernels.run_weighted
         arguments = (layout.kept, layout.reduced, x, factors.b, out, factors.sign)
-    if schedule.n_blocks == 1:
-        kernel(*arguments, 0, 1)
-    else:
-        run_blocks(lambda block: kernel(*arguments, block, schedule.n_blocks), schedule.n_blocks, schedule.n_threads)
+    kernel(*arguments, schedule.n_blocks, schedule.n_threads)
+
+
+_serve_from(_initial_tier())
+_threadpool.register()
