@@ -29,9 +29,6 @@ cdef enum Traversal:
     GATHER
     TILES
 
-include "tiles.pxi"
-
-
 cdef struct Job:
     Function function
     Traversal traversal
@@ -39,6 +36,9 @@ cdef struct Job:
     bint streaming
     Dimensions kept
     Dimensions row
+
+include "batches.pxi"
+include "tiles.pxi"
 
 
 strip_bytes = STRIP_BYTES
@@ -103,7 +103,7 @@ def run(
 cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t n_blocks) noexcept nogil:
     """Run one of `n_blocks` equal parts of a job; False if there is no memory for its scratch."""
     cdef Py_ssize_t n = total_size(&job.row), n_units = total_size(&job.kept), n_strips = 1
-    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, width = 0, unit, first
+    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, width = 0, unit, first, end
     cdef vec* scratch = NULL
     cdef State* states
     if job.traversal == STRIPS:
@@ -120,14 +120,18 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         scratch_bytes = tile_bytes(n)
     elif job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
         # Terms in the scratch take whole registers of each row of a strip.
-        scratch_bytes = n * (width if job.traversal == STRIPS else itemsize(x))
+        scratch_bytes = n * (width if job.traversal == STRIPS else 2 * batch_rows(n, x) * itemsize(x))
     states = <State*>malloc(n_states * sizeof(State))
     scratch = <vec*>malloc(scratch_bytes)
     if states == NULL or (scratch_bytes and scratch == NULL):
         free(states)
         free(scratch)
         return False
-    for unit in range(n_units * block // n_blocks, n_units * (block + 1) // n_blocks):
+    unit, end = n_units * block // n_blocks, n_units * (block + 1) // n_blocks
+    if job.traversal == ROWS and 0 < n <= chunk_length(x) and end - unit > 1:
+        run_batches(x, y, job, unit, end, n, scratch)
+        unit = end
+    while unit < end:
         if job.traversal == STRIPS:
             run_strip(x, y, job, unit // n_strips, unit % n_strips, scratch, states)
         elif job.traversal == TILES:
@@ -136,6 +140,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
                 x, y, job.function, &job.kept, first, <int>min(total_size(&job.kept) - first, strip_columns(x)), n, scratch)
         else:
             run_row(x, y, job, unit, n, scratch, states)
+        unit += 1
     if job.streaming:
         stream_fence()
     free(states)
@@ -230,11 +235,9 @@ def addresses():
 cdef void one_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
     """Softmax of one contiguous row; x and y may be the same."""
     cdef State state
-    # In place, terms in the output would overwrite the row, which is read again if the first guess was too low. Longer
-    # rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
-    cdef bint keep = n <= chunk_length(x) and <const void*>x != <const void*>y
+    # Longer rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
     if n:
-        softmax_row(x, y, n, IN_OUTPUT if keep else RECOMPUTE, <vec*>NULL, &state, False)
+        softmax_row(x, y, n, IN_OUTPUT if n <= chunk_length(x) else RECOMPUTE, <vec*>NULL, &state, False)
 
 
 cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
