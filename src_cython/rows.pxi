@@ -2,8 +2,8 @@
 
 A row is folded chunk by chunk into states, the states are merged, and the row is written. A chunk is looked at twice:
 for its maximum, then for its terms. Within a chunk, element j belongs to lane j % lanes; each lane adds up its elements
-in order, in twice the precision, and the lanes are added as a tree. The strip kernels follow the same order, so every
-memory layout gives the same bits.
+in order, in twice the precision, and the lanes are added as a tree. Tiles follow the same order, so every memory
+layout gives the same bits.
 """
 
 
@@ -69,15 +69,15 @@ cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline void fold_registers(
-    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, const vec* references, int step
+    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, const vec* reference, int step
 ) noexcept nogil:
     """Fold an element into each lane of `count` registers, and give the terms.
 
-    With a `step` of 1 each register has a sum and a reference of its own, with 0 all are of one row. With the maxima
-    kept apart, it is the smaller of x and the lane's maximum so far that is folded.
+    With a `step` of 1 each register has a sum of its own, with 0 all have the same. With the maxima kept apart, it is
+    the smaller of x and the lane's maximum so far that is folded.
 
     Sums begin at `sum_base` and stay above every term, so that what an addition loses is known after two subtractions
-    (Dekker); with the maxima apart they begin at 0, as all that is left may be far smaller, and Knuth's five are needed.
+    (Dekker). With the maxima apart they begin at 0, as all that is left may be far smaller, and Knuth's five are needed.
     """
     cdef vec[GROUP] folded, scales, growths
     cdef vec total, seen, lost
@@ -87,13 +87,13 @@ cdef inline void fold_registers(
         if apart:
             folded[j] = minimum(tops[j * step], x[j])
             tops[j * step] = maximum(x[j], tops[j * step])
-    exp_parts(folded, scales, growths, count, references, step)
+    exp_parts(folded, scales, growths, count, reference, 0)
     for j in range(count):
         terms[j] = scales[j] * growths[j] + scales[j]
     for j in range(count):
         total = highs[j * step] + terms[j]
         seen = total - highs[j * step]
-        lost = scales[j] * growths[j] + (scales[j] - seen)  # of the unrounded term: all products and differences are exact
+        lost = scales[j] * growths[j] + (scales[j] - seen)  # of the unrounded term; product and difference are exact
         if apart:
             lost = lost + (highs[j * step] - (total - seen))
         lows[j * step] = lows[j * step] + lost
@@ -198,14 +198,14 @@ cdef State fold_chunk(
 
 
 cdef inline void finish(
-    vec* v, int count, Finish kind, const vec* references, const vec* a, const vec* b, int step
+    vec* v, int count, Finish kind, const vec* reference, const vec* a, const vec* b
 ) noexcept nogil:
-    """What `kind` does, to `count` registers in place; with a `step` of 1 each has its own reference, a and b."""
+    """What `kind` does, to `count` registers in place."""
     cdef int j
     if kind == EXP_SCALE:
-        scaled_exp(v, v, <vec*>NULL, count, references, step)
+        scaled_exp(v, v, <vec*>NULL, count, reference, 0)
     for j in range(count):
-        v[j] = (v[j] - a[j * step]) - b[j * step] if kind == SUBTRACT else product(v[j], a[j * step], b[j * step])
+        v[j] = (v[j] - a[0]) - b[0] if kind == SUBTRACT else product(v[j], a[0], b[0])
 
 
 cdef inline void write_chunk(
@@ -221,13 +221,13 @@ cdef inline void write_chunk(
         count = <int>min(n, <Py_ssize_t>(-<uintptr_t>y % REGISTER_BYTES) * width // REGISTER_BYTES)
         if count:
             v[0] = load_first(source, count, fill)
-            finish(v, 1, kind, reference, &va, &vb, 0)
+            finish(v, 1, kind, reference, &va, &vb)
             store_first(y, v[0], count)
             source, y, n = at(source, count), <vec*>at(<const vec*>y, count), n - count
     while (i + GROUP) * width <= n:
         for j in range(GROUP):
             v[j] = load(source + i + j)
-        finish(v, GROUP, kind, reference, &va, &vb, 0)
+        finish(v, GROUP, kind, reference, &va, &vb)
         for j in range(GROUP):
             if streaming:
                 stream(y + i + j, v[j])
@@ -236,7 +236,7 @@ cdef inline void write_chunk(
         i += GROUP
     while i * width < n:
         v[0] = load_within(source, i, n)
-        finish(v, 1, kind, reference, &va, &vb, 0)
+        finish(v, 1, kind, reference, &va, &vb)
         store_within(y, i, n, v[0])
         i += 1
 
