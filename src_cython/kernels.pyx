@@ -17,7 +17,6 @@ include "registers.pxi"
 include "state.pxi"
 include "rows.pxi"
 include "gather.pxi"
-include "strips.pxi"
 include "weighted.pxi"
 
 
@@ -51,9 +50,6 @@ cdef enum Traversal:
     GATHER
     TILES
 
-include "tiles.pxi"
-
-
 cdef struct Job:
     Function function
     Traversal traversal
@@ -62,6 +58,9 @@ cdef struct Job:
     Dimensions kept
     Dimensions row
 
+include "batches.pxi"
+include "tiles.pxi"
+include "strips.pxi"
 
 cdef struct WeightedCall:
     const void* a
@@ -78,7 +77,7 @@ cdef struct WeightedCall:
     Dimensions b_row
 
 
-strip_bytes = STRIP_BYTES
+chunk_bytes, strip_bytes = CHUNK_BYTES, STRIP_BYTES
 
 
 def runs_here(str tier):
@@ -187,44 +186,49 @@ cdef int run_in_parts(
 
 cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t n_blocks) noexcept nogil:
     """Run one of `n_blocks` equal parts of a job; False if there is no memory for its scratch."""
-    cdef Py_ssize_t n = total_size(&job.row), n_units = total_size(&job.kept), n_strips = 1
-    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, width = 0, unit, first
-    cdef vec* scratch = NULL
+    cdef Py_ssize_t n = total_size(&job.row), n_units = total_size(&job.kept), n_strips = 1, n_together = 1
+    cdef Py_ssize_t n_states = (n + chunk_length(x) - 1) // chunk_length(x), scratch_bytes = 0, unit, end
+    cdef void* memory
+    cdef vec* scratch
     cdef State* states
     if job.traversal == STRIPS:
         job.kept.count -= 1
         n_strips = (job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
         n_units = total_size(&job.kept) * n_strips
-        n_states *= strip_columns(x)
-        width = min(job.kept.size[job.kept.count] * itemsize(x) + REGISTER_BYTES - 1, <Py_ssize_t>STRIP_BYTES)
+        scratch_bytes = STRIP_BYTES * tile_registers(n, x)
     elif job.traversal == TILES:
-        n_units = (n_units + strip_columns(x) - 1) // strip_columns(x)
-    if job.traversal == GATHER:
+        n_together = lanes(x)
+        scratch_bytes = n * REGISTER_BYTES
+    elif job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
-    elif job.traversal == TILES:
-        scratch_bytes = tile_bytes(n)
-    elif job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
-        # Terms in the scratch take whole registers of each row of a strip.
-        scratch_bytes = n * (width if job.traversal == STRIPS else itemsize(x))
+    else:
+        if 0 < n <= chunk_length(x):
+            n_together = batch_rows(n, x)
+        if job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
+            scratch_bytes = n_together * n * itemsize(x)
     states = <State*>malloc(n_states * sizeof(State))
-    scratch = <vec*>malloc(scratch_bytes)
-    if states == NULL or (scratch_bytes and scratch == NULL):
+    memory = malloc(scratch_bytes + REGISTER_BYTES)
+    if states == NULL or memory == NULL:
         free(states)
-        free(scratch)
+        free(memory)
         return False
-    for unit in range(n_units * block // n_blocks, n_units * (block + 1) // n_blocks):
+    scratch = <vec*>(<char*>memory + <Py_ssize_t>(-<uintptr_t>memory % REGISTER_BYTES))
+    unit, end = n_units * block // n_blocks, n_units * (block + 1) // n_blocks
+    while unit < end:
+        n_together = min(n_together, end - unit)
         if job.traversal == STRIPS:
-            run_strip(x, y, job, unit // n_strips, unit % n_strips, scratch, states)
+            run_strip(x, y, job, unit // n_strips, unit % n_strips, scratch)
         elif job.traversal == TILES:
-            first = unit * strip_columns(x)
-            run_tile(
-                x, y, job.function, &job.kept, first, <int>min(total_size(&job.kept) - first, strip_columns(x)), n, scratch)
+            run_turned(x, y, job, unit, <int>n_together, n, scratch)
+        elif n_together > 1:
+            run_batch(x, y, job, unit, <int>n_together, n, scratch)
         else:
             run_row(x, y, job, unit, n, scratch, states)
+        unit += n_together
     if job.streaming:
         stream_fence()
     free(states)
-    free(scratch)
+    free(memory)
     return True
 
 
@@ -247,25 +251,6 @@ cdef inline void run_row(
         log_softmax_gathered(x, y, &job.row, n, scratch)
     else:
         log_softmax_row(x, y, n, job.streaming)
-
-
-cdef inline void run_strip(
-    const vec* x, vec* y, const Job* job, Py_ssize_t outer, Py_ssize_t index, vec* scratch, State* states
-) noexcept nogil:
-    cdef Py_ssize_t x_offset, y_offset, first = index * strip_columns(x), inner = job.kept.count
-    cdef Strip strip
-    locate(&job.kept, outer, &x_offset, &y_offset)
-    strip.length = job.row.size[0]
-    strip.n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(x))
-    strip.x_stride, strip.y_stride = job.row.x_stride[0], job.row.y_stride[0]
-    x = <const vec*>(<const char*>x + x_offset + first * itemsize(x))
-    y = <vec*>(<char*>y + y_offset + first * job.kept.y_stride[inner])
-    if job.function == SOFTMAX:
-        softmax_strip(x, y, strip, job.exponentials, scratch, states, job.streaming)
-    elif job.function == LOG_SOFTMAX:
-        log_softmax_strip(x, y, strip, job.streaming)
-    else:
-        logsumexp_strip(x, y, strip)
 
 
 def run_weighted(
@@ -393,11 +378,9 @@ def addresses():
 cdef void one_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
     """Softmax of one contiguous row; x and y may be the same."""
     cdef State state
-    # In place, terms in the output would overwrite the row, which is read again if the first guess was too low. Longer
-    # rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
-    cdef bint keep = n <= chunk_length(x) and <const void*>x != <const void*>y
+    # Longer rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
     if n:
-        softmax_row(x, y, n, IN_OUTPUT if keep else RECOMPUTE, <vec*>NULL, &state, False)
+        softmax_row(x, y, n, IN_OUTPUT if n <= chunk_length(x) else RECOMPUTE, <vec*>NULL, &state, False)
 
 
 cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:

@@ -9,6 +9,8 @@ cdef extern from "simd.h" nogil:
     ctypedef double f64v
     const int REGISTER_BYTES
     const bint HAS_FMA
+    enum:
+        GROUP
 
     f32v f32v_splat(double c)
     f64v f64v_splat(double c)
@@ -28,14 +30,10 @@ cdef extern from "simd.h" nogil:
     f64v f64v_maximum(f64v a, f64v b)
     f32v f32v_minimum(f32v a, f32v b)
     f64v f64v_minimum(f64v a, f64v b)
-    bint f32v_any_greater(f32v a, f32v b)
-    bint f64v_any_greater(f64v a, f64v b)
     f32v f32v_fused(f32v a, f32v b, f32v c)
     f64v f64v_fused(f64v a, f64v b, f64v c)
     f32v f32v_power_of_two(f32v v)
     f64v f64v_power_of_two(f64v v)
-    f32v f32v_raise_to(f32v v, int top)
-    f64v f64v_raise_to(f64v v, int top)
     f32v f32v_significand(f32v v)
     f64v f64v_significand(f64v v)
     f32v f32v_binary_exponent(f32v v)
@@ -44,10 +42,11 @@ cdef extern from "simd.h" nogil:
     f64v f64v_where_at_most(f64v a, f64v b, f64v x, f64v y)
     f32v f32v_swap(f32v v, unsigned distance)
     f64v f64v_swap(f64v v, unsigned distance)
+    void f32v_transpose(f32v* rows)
+    void f64v_transpose(f64v* rows)
     float f32v_lane(f32v v, int lane)
     double f64v_lane(f64v v, int lane)
     double exact_power_of_two(double k)
-    double floor_log2(double x)
     void prefetch "__builtin_prefetch"(const void* p)
     void stream_fence()
     bint processor_runs(const char* tier)
@@ -156,14 +155,6 @@ cdef inline vec minimum(vec a, vec b) noexcept nogil:
         return f64v_minimum(a, b)
 
 
-cdef inline bint any_greater(vec a, vec b) noexcept nogil:
-    """Whether a > b in any lane."""
-    if vec is f32v:
-        return f32v_any_greater(a, b)
-    else:
-        return f64v_any_greater(a, b)
-
-
 cdef inline vec fused(vec a, vec b, vec c) noexcept nogil:
     """a * b + c with one rounding, where HAS_FMA."""
     if vec is f32v:
@@ -178,14 +169,6 @@ cdef inline vec power_of_two(vec v) noexcept nogil:
         return f32v_power_of_two(v)
     else:
         return f64v_power_of_two(v)
-
-
-cdef inline vec raise_to(vec v, int top) noexcept nogil:
-    """The power of two that brings v, which is positive, to [2**top, 2**(top + 1))."""
-    if vec is f32v:
-        return f32v_raise_to(v, top)
-    else:
-        return f64v_raise_to(v, top)
 
 
 cdef inline vec significand(vec v) noexcept nogil:
@@ -218,6 +201,14 @@ cdef inline vec swap(vec v, int distance) noexcept nogil:
         return f32v_swap(v, distance)
     else:
         return f64v_swap(v, distance)
+
+
+cdef inline void transpose(vec* rows) noexcept nogil:
+    """Lane i of register j becomes lane j of register i, of as many registers as each has lanes."""
+    if vec is f32v:
+        f32v_transpose(rows)
+    else:
+        f64v_transpose(rows)
 
 
 cdef inline double lane(vec v, int index) noexcept nogil:

@@ -1,8 +1,9 @@
 """Kernels for one contiguous row.
 
-A row is folded chunk by chunk into states, the states are merged, and the row is written. Within a chunk, element j
-belongs to lane j % lanes; each lane adds up its elements in order, in twice the precision, and the lanes are added as a
-tree. The strip kernels follow the same order, so every memory layout gives the same bits.
+A row is folded chunk by chunk into states, the states are merged, and the row is written. A chunk is looked at twice:
+for its maximum, then for its terms. Within a chunk, element j belongs to lane j % lanes; each lane adds up its elements
+in order, in twice the precision, and the lanes are added as a tree. Tiles follow the same order, so every memory
+layout gives the same bits.
 """
 
 
@@ -12,11 +13,11 @@ cdef enum Exponentials:
     RECOMPUTE
 
 cdef enum:
-    SAMPLED = 4  # registers at the beginning of a chunk that the first guess is made from
+    MAXIMA = 4  # registers in which a maximum is looked for: each waits two cycles for the one before
 
 
 cdef enum Finish:  # what `write_chunk` does to each element on its way to the output
-    SCALE      # a term to a probability: term * c * (a + b)
+    SCALE      # a term to a probability: term * (a + b)
     EXP_SCALE  # a logit to a probability, by way of its term
     SUBTRACT   # a logit to a log-probability: (logit - a) - b
 
@@ -30,37 +31,33 @@ cdef inline const vec* at(const vec* p, Py_ssize_t element) noexcept nogil:
     return <const vec*>(<const char*>p + element * itemsize(p))
 
 
-cdef inline double largest_lane(vec v) noexcept nogil:
+cdef inline vec largest_lane(vec v) noexcept nogil:
+    """The largest lane, in all lanes."""
     cdef int distance = lanes(&v) // 2
     while distance:
         v = maximum(v, swap(v, distance))
         distance //= 2
-    return lane(v, 0)
+    return v
 
 
-cdef inline double sample_maximum(const vec* x, Py_ssize_t n) noexcept nogil:
-    """The maximum of the first few registers and the last one: where a sorted or a padded row has its largest."""
-    cdef vec fill = splat(-INFINITY, x), top = fill
-    cdef Py_ssize_t i = 0, width = lanes(x)
-    if n < width:
-        return largest_lane(load_first(x, <int>n, fill))
-    top = load(at(x, n - width))
-    while i < SAMPLED and (i + 1) * width <= n:
-        top = maximum(top, load(x + i))
-        i += 1
-    return largest_lane(top)
-
-
-cdef inline double exact_maximum(const vec* x, Py_ssize_t n) noexcept nogil:
-    """The maximum of all elements that are not NaN."""
-    cdef vec fill = splat(-INFINITY, x), top = fill
-    cdef Py_ssize_t i = 0, width = lanes(x)
-    while (i + 1) * width <= n:
-        top = maximum(load(x + i), top)
+cdef inline vec lane_maxima(const vec* x, Py_ssize_t n) noexcept nogil:
+    """The maximum of each lane over all elements that are not NaN."""
+    cdef vec fill = splat(-INFINITY, x)
+    cdef vec[MAXIMA] tops
+    cdef Py_ssize_t i = 0, width = lanes(x), n_full = n // width
+    cdef int j
+    for j in range(MAXIMA):
+        tops[j] = fill
+    while i + MAXIMA <= n_full:
+        for j in range(MAXIMA):
+            tops[j] = maximum(load(x + i + j), tops[j])  # in this order of operands a NaN is passed over
+        i += MAXIMA
+    while i < n_full:
+        tops[0] = maximum(load(x + i), tops[0])
         i += 1
     if i * width < n:
-        top = maximum(load_first(x + i, <int>(n - i * width), fill), top)
-    return largest_lane(top)
+        tops[1] = maximum(load_first(x + i, <int>(n - i * width), fill), tops[1])
+    return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]))
 
 
 cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
@@ -72,21 +69,35 @@ cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline void fold_registers(
-    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, const vec* references, int step
+    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, const vec* reference, int step
 ) noexcept nogil:
     """Fold an element into each lane of `count` registers, and give the terms.
 
-    With a `step` of 1 each register has a sum and a reference of its own, with 0 all are of one row. With the maxima
-    kept apart, it is the smaller of x and the lane's maximum so far that is folded.
+    With a `step` of 1 each register has a sum of its own, with 0 all have the same. With the maxima kept apart, it is
+    the smaller of x and the lane's maximum so far that is folded.
+
+    Sums begin at `sum_base` and stay above every term, so that what an addition loses is known after two subtractions
+    (Dekker). With the maxima apart they begin at 0, as all that is left may be far smaller, and Knuth's five are needed.
     """
-    cdef vec[GROUP] folded, residuals
+    cdef vec[GROUP] folded, scales, growths
+    cdef vec total, seen, lost
     cdef int j
     for j in range(count):
-        folded[j] = minimum(tops[j * step], x[j]) if apart else x[j]
-        tops[j * step] = maximum(x[j], tops[j * step])
-    scaled_exp(folded, terms, residuals, count, references, step)
+        folded[j] = x[j]
+        if apart:
+            folded[j] = minimum(tops[j * step], x[j])
+            tops[j * step] = maximum(x[j], tops[j * step])
+    exp_parts(folded, scales, growths, count, reference, 0)
     for j in range(count):
-        accumulate(&highs[j * step], &lows[j * step], terms[j], residuals[j])
+        terms[j] = scales[j] * growths[j] + scales[j]
+    for j in range(count):
+        total = highs[j * step] + terms[j]
+        seen = total - highs[j * step]
+        lost = scales[j] * growths[j] + (scales[j] - seen)  # of the unrounded term; product and difference are exact
+        if apart:
+            lost = lost + (highs[j * step] - (total - seen))
+        lows[j * step] = lows[j * step] + lost
+        highs[j * step] = total
 
 
 cdef inline void accumulate(vec* high, vec* low, vec term, vec residual) noexcept nogil:
@@ -96,52 +107,67 @@ cdef inline void accumulate(vec* high, vec* low, vec term, vec residual) noexcep
     low[0] = low[0] + (error + residual)
 
 
-cdef inline bint fold_with_reference(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, State* state
+cdef inline int count_within(Py_ssize_t i, Py_ssize_t n, const vec* like) noexcept nogil:
+    """How many of n elements are in the i-th register."""
+    return <int>max(<Py_ssize_t>0, min(n - i * lanes(like), <Py_ssize_t>lanes(like)))
+
+
+cdef inline vec load_within(const vec* x, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    """The i-th register of n elements; -inf in the lanes behind the end."""
+    return load_first(x + i, count_within(i, n, x), splat(-INFINITY, x))
+
+
+cdef inline void store_within(vec* y, Py_ssize_t i, Py_ssize_t n, vec v) noexcept nogil:
+    """Store the i-th register of n elements, but for what would be behind the end."""
+    store_first(y + i, v, count_within(i, n, <const vec*>y))
+
+
+cdef inline void fold_elements(
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, vec* top, vec* high, vec* low
 ) noexcept nogil:
-    """Fold a chunk; False, with `state` untouched and `terms` overwritten, if an element is above the limit."""
-    cdef vec top = splat(-INFINITY, x), fill = top, limit = reference[LIMIT], high = splat(0.0, x), low = high
+    """Fold a chunk into lanes; with the maxima apart, `top` becomes those of the lanes."""
+    cdef vec fill = splat(-INFINITY, x), tops = fill, highs = splat(0.0, x), lows = highs
     cdef vec[GROUP] logits, group
-    cdef Py_ssize_t width = lanes(x), i = 0, n_full = n // width
-    cdef int j, distance
-    while i + GROUP <= n_full:
+    cdef Py_ssize_t width = lanes(x), i = 0
+    cdef int j
+    if not apart:
+        highs = sum_base(x)
+    while (i + GROUP) * width <= n:
         for j in range(GROUP):
             logits[j] = load(x + i + j)
-        fold_registers(logits, group, GROUP, &top, &high, &low, apart, reference, 0)
-        if keep:
-            for j in range(GROUP):
+        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, reference, 0)
+        for j in range(GROUP):
+            if keep:
                 store(terms + i + j, group[j])
-        if any_greater(top, limit):
-            return False
         i += GROUP
-    while i < n_full:
-        logits[0] = load(x + i)
-        fold_registers(logits, group, 1, &top, &high, &low, apart, reference, 0)
+    # The lanes behind the end hold -inf, which leaves a sum as it is. Two registers alone take longer than a group.
+    if n > (i + 1) * width:
+        for j in range(GROUP):
+            logits[j] = load_within(x, i + j, n)
+        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, reference, 0)
+        for j in range(GROUP):
+            if keep:
+                store_within(terms, i + j, n, group[j])
+    elif n > i * width:
+        logits[0] = load_within(x, i, n)
+        fold_registers(logits, group, 1, &tops, &highs, &lows, apart, reference, 0)
         if keep:
-            store(terms + i, group[0])
-        i += 1
-    if i * width < n:  # the lanes behind the end hold -inf, which leaves a sum as it is
-        logits[0] = load_first(x + i, <int>(n - i * width), fill)
-        fold_registers(logits, group, 1, &top, &high, &low, apart, reference, 0)
-        if keep:
-            store_first(terms + i, group[0], <int>(n - i * width))
-    if any_greater(top, limit):
-        return False
-    state.maximum = largest_lane(top)
-    if apart:  # the lanes' own maxima, all but the one that is the chunk's
-        scaled_exp(&top, group, logits, 1, reference, 0)
-        accumulate(
-            &high, &low, drop_first_equal(group[0], top, state.maximum),
-            drop_first_equal(logits[0], top, state.maximum))
-    distance = lanes(x) // 2
-    while distance:
-        accumulate(&high, &low, swap(high, distance), swap(low, distance))
-        distance //= 2
-    state.offset = lane(reference[OFFSET], 0)
-    state.exponent = lane(exponent_of(reference), 0)
-    state.high = lane(high, 0)
-    state.low = lane(low, 0)
-    return True
+            store_within(terms, i, n, group[0])
+    if not apart:
+        highs = highs - sum_base(x)
+    top[0], high[0], low[0] = tops, highs, lows
+
+
+cdef inline void fold_specialized(
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, vec* top, vec* high, vec* low
+) noexcept nogil:
+    """`fold_elements` in one copy for each kind of call, so that its loops hold no decisions."""
+    if apart:
+        fold_elements(x, terms, n, False, True, reference, top, high, low)
+    elif keep:
+        fold_elements(x, terms, n, True, False, reference, top, high, low)
+    else:
+        fold_elements(x, terms, n, False, False, reference, top, high, low)
 
 
 cdef State fold_chunk(
@@ -149,46 +175,45 @@ cdef State fold_chunk(
 ) noexcept nogil:
     """The state of one chunk; with `keep`, its terms too, relative to the state's exponent."""
     cdef vec[REFERENCE] reference
-    cdef State state = identity()
-    reference_below(splat(sample_maximum(x, n), x), splat(row_offset, x), reference)
-    if not fold_specialized(x, terms, n, keep, apart, reference, &state):
-        reference_below(splat(exact_maximum(x, n), x), splat(row_offset, x), reference)
-        fold_specialized(x, terms, n, keep, apart, reference, &state)
+    cdef vec largest = largest_lane(lane_maxima(x, n)), top, high, low, term, residual
+    cdef State state
+    cdef int distance = lanes(x) // 2
+    state.maximum = lane(largest, 0)
     if fabs(state.maximum) == INFINITY:
         return infinite_state(state.maximum, has_nan(x, n), apart)
+    reference_at(largest, splat(row_offset, x), reference)
+    fold_specialized(x, terms, n, keep, apart, reference, &top, &high, &low)
+    if apart:  # the lanes' own maxima, all but the one that is the chunk's
+        scaled_exp(&top, &term, &residual, 1, reference, 0)
+        accumulate(
+            &high, &low, drop_first_equal(term, top, state.maximum), drop_first_equal(residual, top, state.maximum))
+    while distance:
+        accumulate(&high, &low, swap(high, distance), swap(low, distance))
+        distance //= 2
+    state.offset = lane(reference[OFFSET], 0)
+    state.exponent = lane(exponent_of(reference), 0)
+    state.high = lane(high, 0)
+    state.low = lane(low, 0)
     return state
 
 
-cdef inline bint fold_specialized(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, State* state
-) noexcept nogil:
-    """`fold_with_reference` in one copy for each kind of call, so that its loops hold no decisions."""
-    if apart:
-        return fold_with_reference(x, terms, n, False, True, reference, state)
-    if keep:
-        return fold_with_reference(x, terms, n, True, False, reference, state)
-    return fold_with_reference(x, terms, n, False, False, reference, state)
-
-
 cdef inline void finish(
-    vec* v, int count, Finish kind, const vec* references, const vec* a, const vec* b, const vec* c, int step
+    vec* v, int count, Finish kind, const vec* reference, const vec* a, const vec* b
 ) noexcept nogil:
-    """What `kind` does, to `count` registers in place; with a `step` of 1 each has its own reference, a, b and c."""
-    cdef vec[GROUP] residuals
+    """What `kind` does, to `count` registers in place."""
     cdef int j
     if kind == EXP_SCALE:
-        scaled_exp(v, v, residuals, count, references, step)
+        scaled_exp(v, v, <vec*>NULL, count, reference, 0)
     for j in range(count):
-        v[j] = (v[j] - a[j * step]) - b[j * step] if kind == SUBTRACT else product(
-            v[j] * c[j * step], a[j * step], b[j * step])
+        v[j] = (v[j] - a[0]) - b[0] if kind == SUBTRACT else product(v[j], a[0], b[0])
 
 
 cdef inline void write_chunk(
-    Finish kind, const vec* source, vec* y, Py_ssize_t n, const vec* reference, double a, double b, double c,
+    Finish kind, const vec* source, vec* y, Py_ssize_t n, const vec* reference, double a, double b,
     bint streaming
 ) noexcept nogil:
     """Write n elements of the output, past the caches if `streaming`."""
-    cdef vec fill = splat(0.0, y), va = splat(a, y), vb = splat(b, y), vc = splat(c, y)
+    cdef vec fill = splat(0.0, y), va = splat(a, y), vb = splat(b, y)
     cdef vec[GROUP] v
     cdef Py_ssize_t width = lanes(y), i = 0
     cdef int count, j
@@ -196,13 +221,13 @@ cdef inline void write_chunk(
         count = <int>min(n, <Py_ssize_t>(-<uintptr_t>y % REGISTER_BYTES) * width // REGISTER_BYTES)
         if count:
             v[0] = load_first(source, count, fill)
-            finish(v, 1, kind, reference, &va, &vb, &vc, 0)
+            finish(v, 1, kind, reference, &va, &vb)
             store_first(y, v[0], count)
             source, y, n = at(source, count), <vec*>at(<const vec*>y, count), n - count
     while (i + GROUP) * width <= n:
         for j in range(GROUP):
             v[j] = load(source + i + j)
-        finish(v, GROUP, kind, reference, &va, &vb, &vc, 0)
+        finish(v, GROUP, kind, reference, &va, &vb)
         for j in range(GROUP):
             if streaming:
                 stream(y + i + j, v[j])
@@ -210,10 +235,9 @@ cdef inline void write_chunk(
                 store(y + i + j, v[j])
         i += GROUP
     while i * width < n:
-        count = <int>min(width, n - i * width)
-        v[0] = load_first(source + i, count, fill)
-        finish(v, 1, kind, reference, &va, &vb, &vc, 0)
-        store_first(y + i, v[0], count)
+        v[0] = load_within(source, i, n)
+        finish(v, 1, kind, reference, &va, &vb)
+        store_within(y, i, n, v[0])
         i += 1
 
 
@@ -222,18 +246,18 @@ cdef void write_probabilities(
 ) noexcept nogil:
     """Write one chunk of probabilities, from its terms where they are there and have the offset of the whole row."""
     cdef vec[REFERENCE] reference
-    make_reference(splat(total.offset, y), splat(total.exponent, y), reference)
-    if terms != NULL and terms_scale_to(chunk, total.offset, scale.exponent, x):
-        write_chunk(
-            SCALE, terms, y, n, reference, scale.factor, scale.factor_low,
-            exact_power_of_two(chunk.exponent - scale.exponent), streaming)
+    cdef double power = exact_power_of_two(chunk.exponent - total.exponent)
+    if terms != NULL and chunk.offset == total.offset and scales_exactly(power, scale, x):
+        write_chunk(SCALE, terms, y, n, reference, scale.factor * power, scale.factor_low * power, streaming)
     else:
-        write_chunk(EXP_SCALE, x, y, n, reference, scale.factor, scale.factor_low, scale.multiplier, streaming)
+        make_reference(splat(total.offset, y), splat(total.exponent, y), reference)
+        write_chunk(EXP_SCALE, x, y, n, reference, scale.factor, scale.factor_low, streaming)
 
 
-cdef inline bint terms_scale_to(State chunk, double offset, double exponent, const vec* like) noexcept nogil:
-    """Whether a power of two makes a chunk's terms those of the whole row: the power must be in the type's range."""
-    return chunk.offset == offset and chunk.exponent - exponent >= by_type(-120.0, -1000.0, like)
+cdef inline bint scales_exactly(double power, Scale scale, const vec* like) noexcept nogil:
+    """Whether a power of two leaves the factor its digits, so that a chunk's terms give the bits of the whole row's."""
+    cdef double tiniest = by_type(2.0**-120, 2.0**-1000, like), low = fabs(scale.factor_low * power)
+    return scale.factor * power >= tiniest and (low >= tiniest or scale.factor_low == 0.0)
 
 
 cdef inline void fill_nan(vec* y, Py_ssize_t n) noexcept nogil:
@@ -296,4 +320,4 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
 
 cdef void log_softmax_row(const vec* x, vec* y, Py_ssize_t n, bint streaming) noexcept nogil:
     cdef State total = fold_row(x, n)
-    write_chunk(SUBTRACT, x, y, n, <const vec*>NULL, total.maximum, log_sum(total, x), 0.0, streaming)
+    write_chunk(SUBTRACT, x, y, n, <const vec*>NULL, total.maximum, log_sum(total, x), streaming)

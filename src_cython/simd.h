@@ -24,6 +24,9 @@
 #define REGISTER_BYTES 16
 #endif
 
+/* Registers that go through the exponential together: each takes three of the 32 or 16 there are, beside constants. */
+enum { GROUP = REGISTER_BYTES == 64 ? 8 : 4 };
+
 /* Whether a * b + c is one instruction with one rounding. */
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMA)
 #define HAS_FMA 1
@@ -43,12 +46,6 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
     static inline void T##_store(T *p, T v) { *(T##_unaligned *)p = v; }                                               \
     /* 2**k, where the lowest bits of v's mantissa hold k + the exponent bias of the type. */                          \
     static inline T T##_power_of_two(T v) { return (T)((bits)v << mantissa_bits); }                                    \
-    /* 2**(top - k), where 2**k <= v < 2**(k + 1): only the exponent bits of v count. */                               \
-    static inline T T##_raise_to(T v, int top)                                                                         \
-    {                                                                                                                  \
-        bits bias = (bits){0} + ((1 << (sizeof(real) * 8 - mantissa_bits - 2)) - 1);                                   \
-        return (T)((bias + bias + (bits)((bits){0} + (unsigned)top) - ((bits)v >> mantissa_bits)) << mantissa_bits);             \
-    }                                                                                                                  \
     /* v = significand * 2**binary_exponent, with 1 <= |significand| < 2, where v is a normal number.            */     \
     static inline T T##_significand(T v)                                                                               \
     {                                                                                                                  \
@@ -71,45 +68,69 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
 DEFINE_FOR_ANY_PROCESSOR(f32v, float, u32v, 23)
 DEFINE_FOR_ANY_PROCESSOR(f64v, double, u64v, 52)
 
-/* Lane i of the result is lane i ^ distance of v. */
+/* Lane permutations. swap: lane i of the result is lane i ^ distance of v. transpose: of as many registers as each has
+ * lanes; for every distance, registers that far apart exchange the lanes that are, which turns ever smaller blocks.
+ */
 #if defined(__GNUC__) && !defined(__clang__)
-static inline f32v f32v_swap(f32v v, unsigned distance)
-{
-    const u32v lanes = {0, 1, 2, 3,
+static const u32v f32v_lanes = {0, 1, 2, 3,
 #if REGISTER_BYTES >= 32
-                        4, 5, 6, 7,
+                                4, 5, 6, 7,
 #endif
 #if REGISTER_BYTES >= 64
-                        8, 9, 10, 11, 12, 13, 14, 15,
+                                8, 9, 10, 11, 12, 13, 14, 15,
 #endif
-    };
-    return __builtin_shuffle(v, lanes ^ distance);
-}
-static inline f64v f64v_swap(f64v v, unsigned distance)
-{
-    const u64v lanes = {0, 1,
+};
+static const u64v f64v_lanes = {0, 1,
 #if REGISTER_BYTES >= 32
-                        2, 3,
+                                2, 3,
 #endif
 #if REGISTER_BYTES >= 64
-                        4, 5, 6, 7,
+                                4, 5, 6, 7,
 #endif
-    };
-    return __builtin_shuffle(v, lanes ^ distance);
-}
+};
+
+/* Unrolled, for the compiler knows an instruction for a permutation only if it knows the permutation. */
+#define DEFINE_PERMUTATIONS(T, real)                                                                                   \
+    static inline T T##_swap(T v, unsigned distance) { return __builtin_shuffle(v, T##_lanes ^ distance); }            \
+    static inline void T##_transpose(T *rows)                                                                          \
+    {                                                                                                                  \
+        enum { LANES = sizeof(T) / sizeof(real) };                                                                     \
+        _Pragma("GCC unroll 8") for (unsigned distance = LANES / 2; distance; distance /= 2)                           \
+        {                                                                                                              \
+            _Pragma("GCC unroll 16") for (unsigned i = 0; i < LANES; i++)                                              \
+            {                                                                                                          \
+                if (i & distance)                                                                                      \
+                    continue;                                                                                          \
+                T a = rows[i], b = rows[i + distance];                                                                 \
+                rows[i] = __builtin_shuffle(a, b, T##_lanes + (T##_lanes & distance) * (LANES / distance - 1));        \
+                rows[i + distance] =                                                                                   \
+                    __builtin_shuffle(a, b, T##_lanes + distance + (T##_lanes & distance) * (LANES / distance - 1));   \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
 #else
-#define DEFINE_SWAP(T, real)                                                                                           \
+#define DEFINE_PERMUTATIONS(T, real)                                                                                   \
     static inline T T##_swap(T v, unsigned distance)                                                                   \
     {                                                                                                                  \
         T result;                                                                                                      \
         for (unsigned lane = 0; lane < sizeof(T) / sizeof(real); lane++)                                               \
             result[lane] = v[lane ^ distance];                                                                         \
         return result;                                                                                                 \
+    }                                                                                                                  \
+    static inline void T##_transpose(T *rows)                                                                          \
+    {                                                                                                                  \
+        for (unsigned i = 1; i < sizeof(T) / sizeof(real); i++) {                                                      \
+            for (unsigned j = 0; j < i; j++) {                                                                         \
+                real above = rows[j][i];                                                                               \
+                rows[j][i] = rows[i][j];                                                                               \
+                rows[i][j] = above;                                                                                    \
+            }                                                                                                          \
+        }                                                                                                              \
     }
-
-DEFINE_SWAP(f32v, float)
-DEFINE_SWAP(f64v, double)
 #endif
+
+DEFINE_PERMUTATIONS(f32v, float)
+DEFINE_PERMUTATIONS(f64v, double)
 
 /* a * b + c with one rounding; only called where HAS_FMA. Left to the compiler, it may fuse the wrong one of two products. */
 #if REGISTER_BYTES == 64
@@ -140,8 +161,6 @@ static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm512_max_ps((__
 static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b); }
 static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm512_min_pd((__m512d)a, (__m512d)b); }
-static inline int f32v_any_greater(f32v a, f32v b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0; }
-static inline int f64v_any_greater(f64v a, f64v b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0; }
 static inline void f32v_stream(f32v *p, f32v v) { _mm512_stream_ps((float *)p, (__m512)v); }
 static inline void f64v_stream(f64v *p, f64v v) { _mm512_stream_pd((double *)p, (__m512d)v); }
 
@@ -151,14 +170,6 @@ static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm256_max_ps((__
 static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm256_max_pd((__m256d)a, (__m256d)b); }
 static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
 static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm256_min_pd((__m256d)a, (__m256d)b); }
-static inline int f32v_any_greater(f32v a, f32v b)
-{
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
-}
-static inline int f64v_any_greater(f64v a, f64v b)
-{
-    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
-}
 static inline void f32v_stream(f32v *p, f32v v) { _mm256_stream_ps((float *)p, (__m256)v); }
 static inline void f64v_stream(f64v *p, f64v v) { _mm256_stream_pd((double *)p, (__m256d)v); }
 
@@ -168,28 +179,19 @@ static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm_max_ps((__m12
 static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm_max_pd((__m128d)a, (__m128d)b); }
 static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm_min_ps((__m128)a, (__m128)b); }
 static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm_min_pd((__m128d)a, (__m128d)b); }
-static inline int f32v_any_greater(f32v a, f32v b) { return _mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)) != 0; }
-static inline int f64v_any_greater(f64v a, f64v b) { return _mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)) != 0; }
 static inline void f32v_stream(f32v *p, f32v v) { _mm_stream_ps((float *)p, (__m128)v); }
 static inline void f64v_stream(f64v *p, f64v v) { _mm_stream_pd((double *)p, (__m128d)v); }
 
 #else
 
-#define DEFINE_COMPARISONS(T, real, bits)                                                                              \
+#define DEFINE_COMPARISONS(T, bits)                                                                                    \
     static inline T T##_select(bits mask, T a, T b) { return (T)((mask & (bits)a) | (~mask & (bits)b)); }              \
     static inline T T##_maximum(T a, T b) { return T##_select((bits)(a > b), a, b); }                                  \
     static inline T T##_minimum(T a, T b) { return T##_select((bits)(a < b), a, b); }                                  \
-    static inline void T##_stream(T *p, T v) { *p = v; }                                                               \
-    static inline int T##_any_greater(T a, T b)                                                                        \
-    {                                                                                                                  \
-        int any = 0;                                                                                                   \
-        for (int lane = 0; lane < (int)(sizeof(T) / sizeof(real)); lane++)                                             \
-            any |= a[lane] > b[lane];                                                                                  \
-        return any;                                                                                                    \
-    }
+    static inline void T##_stream(T *p, T v) { *p = v; }
 
-DEFINE_COMPARISONS(f32v, float, u32v)
-DEFINE_COMPARISONS(f64v, double, u64v)
+DEFINE_COMPARISONS(f32v, u32v)
+DEFINE_COMPARISONS(f64v, u64v)
 
 #endif
 
@@ -230,10 +232,18 @@ static inline f64v f64v_drop_first_equal(f64v v, f64v keys, double key)
 #define DEFINE_PARTIAL_ACCESS(T, real)                                                                                 \
     static inline T T##_load_first(const T *p, int count, T fill)                                                      \
     {                                                                                                                  \
+        if (count == sizeof(T) / sizeof(real)) /* a copy of known length is one instruction */                         \
+            return T##_load(p);                                                                                        \
         memcpy(&fill, p, count * sizeof(real));                                                                        \
         return fill;                                                                                                   \
     }                                                                                                                  \
-    static inline void T##_store_first(T *p, T v, int count) { memcpy(p, &v, count * sizeof(real)); }                  \
+    static inline void T##_store_first(T *p, T v, int count)                                                           \
+    {                                                                                                                  \
+        if (count == sizeof(T) / sizeof(real))                                                                         \
+            T##_store(p, v);                                                                                           \
+        else                                                                                                           \
+            memcpy(p, &v, count * sizeof(real));                                                                       \
+    }                                                                                                                  \
     static inline T T##_drop_first_equal(T v, T keys, double key)                                                      \
     {                                                                                                                  \
         for (unsigned lane = 0; lane < sizeof(T) / sizeof(real); lane++) {                                             \
@@ -250,7 +260,7 @@ DEFINE_PARTIAL_ACCESS(f64v, double)
 
 #endif
 
-/* Scalar powers of two by their exponent bits: libm's ldexp and frexp cost a short row a quarter of its time. */
+/* Scalar powers of two by their exponent bits: libm's ldexp costs a short row part of its time. */
 static inline double double_from_bits(uint64_t bits)
 {
     double value;
@@ -260,14 +270,6 @@ static inline double double_from_bits(uint64_t bits)
 
 /* 2**k; 0 below the normal range. k is at most 1023. */
 static inline double exact_power_of_two(double k) { return k < -1022 ? 0 : double_from_bits((uint64_t)(k + 1023) << 52); }
-
-/* The k with 2**k <= x < 2**(k + 1), for a positive normal x. */
-static inline double floor_log2(double x)
-{
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (double)(bits >> 52) - 1023;
-}
 
 /* Make non-temporal stores visible to other threads in order. */
 static inline void stream_fence(void)

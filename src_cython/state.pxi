@@ -16,10 +16,9 @@ are multiples of the same power of two and their difference is short.
 
 
 cdef enum:
-    # The sum of a row is taken in chunks of this many bytes, merged in order: the unit of work for one thread, and of
-    # starting again when the first guess of the exponent was too low. The exponentials of a chunk fit the L1 cache.
+    # The sum of a row is taken in chunks of this many bytes, merged in order. A chunk fits the L1 cache, where it waits
+    # from the search for its maximum until its exponentials.
     CHUNK_BYTES = 32768
-    GROUP = 4  # registers that go through the exponential together
 
 cdef extern from *:
     """
@@ -42,12 +41,11 @@ cdef struct State:
     double low   # functions without the maximum itself, so that log1p of the rest keeps all its digits
 
 
-# What terms are relative to: exp(x - offset) * 2**-exponent. Four registers, with a value for each lane.
+# What terms are relative to: exp(x - offset) * 2**-exponent. Three registers, with a value for each lane.
 cdef enum:
     OFFSET
     FLOOR      # what lies so far below the offset contributes less than any result can show, and is raised to here
     MAGIC      # added to (x - offset) * log2(e): rounds it to an integer and leaves the term's exponent bits behind
-    LIMIT      # elements above need another reference
     REFERENCE  # registers in a reference
 
 
@@ -64,32 +62,32 @@ cdef inline void make_reference(vec offset, vec exponent, vec* reference) noexce
     reference[OFFSET] = offset
     reference[FLOOR] = (exponent - splat(by_type(125.0, 1021.0, &offset), &offset)) * splat(LN2, &offset)
     reference[MAGIC] = magic_for(exponent)
-    reference[LIMIT] = splat(INFINITY, &offset)
 
 
-cdef inline void reference_below(vec guess, vec row_offset, vec* reference) noexcept nogil:
-    """The reference for a chunk with an element `guess` that is hoped to be near its maximum.
+cdef inline void reference_at(vec largest, vec row_offset, vec* reference) noexcept nogil:
+    """The reference for a chunk with this maximum.
 
     Where it needs an offset, it takes the `row_offset` of an earlier chunk if that is near enough for exact
     differences: chunks that share their offset merge exactly.
 
-    The term of `guess` becomes 2**64 (float32; 2**100 in float64): 190 binary digits above the smallest term, so that
-    even subnormal results come from full terms, and 32 below the `limit` that true maxima may reach. A chunk of terms
-    at the limit sums to 2**109, inside float32. For a guess of -inf, which a masked row may begin with, the limit is
-    -inf: the chunk is looked at again if it holds anything else.
+    The term of the maximum becomes about 2**64 (float32; 2**100 in float64): so far above the smallest that even
+    subnormal results come from terms with all their digits, so far below the largest that their sum is in range.
     """
-    cdef vec zero = splat(0.0, &guess), finite = splat(by_type(FLT_MAX, DBL_MAX, &guess), &guess)
-    cdef vec size = maximum(guess, zero - guess), distance = guess - row_offset, offset, k
+    cdef vec zero = splat(0.0, &largest), finite = splat(by_type(FLT_MAX, DBL_MAX, &largest), &largest)
+    cdef vec size = maximum(largest, zero - largest), distance = largest - row_offset, offset, k
     distance = maximum(distance, zero - distance)
-    offset = where_at_most(distance, splat(by_type(256.0, 4096.0, &guess), &guess), row_offset, guess)
-    offset = where_at_most(size, splat(by_type(1024.0, 16384.0, &guess), &guess), zero, offset)
+    offset = where_at_most(distance, splat(by_type(256.0, 4096.0, &largest), &largest), row_offset, largest)
+    offset = where_at_most(size, splat(by_type(1024.0, 16384.0, &largest), &largest), zero, offset)
     offset = where_at_most(size, finite, offset, zero)
-    k = (where_at_most(size, finite, guess, zero) - offset) * splat(LOG2_E, &guess)
-    k = (k + splat(by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &guess), &guess)) - splat(
-        by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &guess), &guess)  # the nearest even number
-    make_reference(offset, k - splat(by_type(64.0, 100.0, &guess), &guess), reference)
-    reference[LIMIT] = where_at_most(
-        size, finite, offset + (k + splat(by_type(32.0, 512.0, &guess), &guess)) * splat(LN2, &guess), guess)
+    k = (where_at_most(size, finite, largest, zero) - offset) * splat(LOG2_E, &largest)
+    k = (k + splat(by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &largest), &largest)) - splat(
+        by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &largest), &largest)  # the nearest even number
+    make_reference(offset, k - splat(by_type(64.0, 100.0, &largest), &largest), reference)
+
+
+cdef inline vec sum_base(const vec* like) noexcept nogil:
+    """A power of two above every term of a chunk whose reference is at its maximum."""
+    return splat(by_type(2.0**66, 2.0**102, like), like)
 
 
 cdef inline void horner(vec* q, const vec* r, int count, double coefficient) noexcept nogil:
@@ -120,45 +118,51 @@ cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
         horner(q, r, count, 0.5000000000000011)
 
 
-cdef inline void scaled_exp(
-    const vec* x, vec* terms, vec* residuals, int count, const vec* reference, int step
+cdef inline void exp_parts(
+    const vec* x, vec* scales, vec* growths, int count, const vec* reference, int step
 ) noexcept nogil:
-    """exp(x - offset) * 2**-exponent of a reference; NaN stays NaN, -inf becomes a term that scales to 0.
+    """exp(x - offset) * 2**-exponent of a reference as scale * (1 + growth), of which only the growth is rounded.
 
     With a `step` of 1 each register has a reference of its own, with 0 all have the same.
-
-    `residuals` are what rounding took from the terms: without them the error of a row's largest term, the larger half
-    of an ULP, would be the error of the sum and so of every probability.
 
     `count` registers, at most GROUP, go through each step together: one alone is a chain of 20 operations that wait
     for each other, and a processor's scheduler holds too few of them to overlap enough chains by itself.
     """
-    cdef vec[GROUP] z, biased, k, r, q, scale, head, tail
-    cdef vec one = splat(1.0, x)
+    cdef vec[GROUP] z, k, r, q
     cdef int j
     for j in range(count):
         z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
     for j in range(count):
-        biased[j] = z[j] * splat(LOG2_E, x) + reference[j * step * REFERENCE + MAGIC]
+        scales[j] = z[j] * splat(LOG2_E, x) + reference[j * step * REFERENCE + MAGIC]
     for j in range(count):
-        k[j] = biased[j] - reference[j * step * REFERENCE + MAGIC]
+        k[j] = scales[j] - reference[j * step * REFERENCE + MAGIC]
+    for j in range(count):
+        scales[j] = power_of_two(scales[j])
     for j in range(count):
         r[j] = z[j] - k[j] * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, x), x)
     for j in range(count):
         r[j] = r[j] - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x), x)
     exp_tail(r, q, count)
     for j in range(count):
-        head[j] = one + r[j]
-    for j in range(count):  # 1 + r + r**2 q as head + tail, so that only their sum is rounded
-        tail[j] = r[j] * r[j] * q[j] + (r[j] - (head[j] - one))
-    for j in range(count):
-        scale[j] = power_of_two(biased[j])
-    for j in range(count):
-        head[j] = head[j] * scale[j]
-    for j in range(count):
-        terms[j] = tail[j] * scale[j] + head[j]
-    for j in range(count):  # exact: the product by a power of two is, and so is the difference (Sterbenz)
-        residuals[j] = tail[j] * scale[j] - (terms[j] - head[j])
+        growths[j] = r[j] * r[j] * q[j] + r[j]
+
+
+cdef inline void scaled_exp(
+    const vec* x, vec* terms, vec* residuals, int count, const vec* reference, int step
+) noexcept nogil:
+    """exp(x - offset) * 2**-exponent of a reference; NaN stays NaN, -inf becomes a term that scales to 0.
+
+    `residuals`, where they are not NULL, are what rounding took from the terms: without them the error of a row's
+    largest term, the larger half of an ULP, would be the error of the sum and so of every probability.
+    """
+    cdef vec[GROUP] scales, growths
+    cdef int j
+    exp_parts(x, scales, growths, count, reference, step)
+    for j in range(count):  # the product by a power of two is exact: only the sum is rounded
+        terms[j] = scales[j] * growths[j] + scales[j]
+    if residuals != NULL:
+        for j in range(count):  # exact, as is this difference (Sterbenz)
+            residuals[j] = scales[j] * growths[j] - (terms[j] - scales[j])
 
 
 cdef inline vec two_sum(vec a, vec b, vec* error) noexcept nogil:
@@ -242,6 +246,8 @@ cdef State merge(State a, State b, bint apart) noexcept nogil:
         a, b = b, a
     if b.maximum == -INFINITY and b.high == 0.0:  # no elements, or nothing but -inf
         return a
+    if a.maximum == -INFINITY and a.high == 0.0:
+        return b
     if b.offset != a.offset:
         p = exp_split(b.offset - a.offset, &p_low, &k)
         scaled = b.high * p
@@ -273,17 +279,11 @@ cdef inline void add(State* state, double term) noexcept nogil:
 
 
 cdef inline void normalize(
-    vec largest, vec high, vec low, const vec* reference, vec* multiplier, vec* factor, vec* factor_low
+    vec largest, vec high, vec low, const vec* reference, vec* factor, vec* factor_low
 ) noexcept nogil:
-    """What turns terms into probabilities: term * multiplier * (factor + factor_low).
-
-    The multiplier is the power of two that brings the sum, high + low, to [2**64, 2**65) (float32; 2**100 in float64),
-    so that the smallest subnormal probability comes from a normal term and is rounded once; the rest is its reciprocal.
-    """
+    """What turns terms into probabilities: 1 / (high + low) = factor + factor_low."""
     cdef vec total, rest
     settle_ties(largest, &high, &low, reference)
-    multiplier[0] = raise_to(high, <int>by_type(64.0, 100.0, &high))
-    high, low = high * multiplier[0], low * multiplier[0]
     total = high + low
     rest = (high - total) + low
     factor[0] = splat(1.0, &total) / total
@@ -335,8 +335,9 @@ cdef inline double log1p_of(double ratio, double ratio_low, const vec* like) noe
 
 
 cdef inline State within_range(State state, const vec* like) noexcept nogil:
-    """The state with a sum that the element type can hold: 2**33 float32 terms of 2**96 would not be."""
-    if state.high > by_type(2.0**100, INFINITY, like):
+    """The state with a sum whose reciprocal has two parts in the element type: that of 2**26 float32 terms of 2**64
+    would not."""
+    if state.high > by_type(2.0**90, INFINITY, like):
         state.high, state.low, state.exponent = state.high * 2.0**-40, state.low * 2.0**-40, state.exponent + 40.0
     return state
 
@@ -348,9 +349,7 @@ cdef inline void to_registers(State state, const vec* like, vec* high, vec* low,
     make_reference(splat(state.offset, like), splat(state.exponent, like), reference)
 
 
-cdef struct Scale:
-    double exponent  # of the terms that factor + factor_low makes probabilities
-    double multiplier  # makes those of the row's own exponent such terms
+cdef struct Scale:  # the two parts of 1 / sum
     double factor
     double factor_low
 
@@ -358,12 +357,10 @@ cdef struct Scale:
 cdef inline Scale scale_of(State state, const vec* like) noexcept nogil:
     """`normalize` for one row."""
     cdef vec[REFERENCE] reference
-    cdef vec high, low, multiplier, factor, factor_low
+    cdef vec high, low, factor, factor_low
     cdef Scale scale
     to_registers(state, like, &high, &low, reference)
-    normalize(splat(state.maximum, like), high, low, reference, &multiplier, &factor, &factor_low)
-    scale.multiplier = lane(multiplier, 0)
-    scale.exponent = state.exponent - floor_log2(scale.multiplier)
+    normalize(splat(state.maximum, like), high, low, reference, &factor, &factor_low)
     scale.factor, scale.factor_low = lane(factor, 0), lane(factor_low, 0)
     return scale
 

@@ -62,14 +62,14 @@ cdef inline Py_ssize_t find_top(vec* a, const vec* b, Py_ssize_t n_registers, bi
         probe = probe + swap(probe, distance)
         distance //= 2
     is_regular[0] = lane(probe, 0) == 0.0
-    highest = splat(largest_lane(highest), a)
+    highest = largest_lane(highest)
     for i in range(n_registers):
         split_factor(load(b + i), &m, &k)
         # Beside a large `a` the logarithm of the factor would not be seen.
         size = (load(<const vec*>a + i) - highest) + k * splat(LN2, a)
         where = where_at_most(size, largest, where, splat(i, a))
         largest = maximum(size, largest)
-    largest_size = largest_lane(largest)
+    largest_size = lane(largest_lane(largest), 0)
     if largest_size == -INFINITY:
         return -1
     for l in range(lanes(a)):

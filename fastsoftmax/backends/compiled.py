@@ -27,9 +27,8 @@ _FUNCTION_NAMES = {number: name for name, number in _FUNCTIONS.items()}
 _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
-# The terms of a row or strip wait in a scratch of up to this share of the last cache level, which threads share. From a
-# 32nd to a quarter the times agree; recomputed, (4096, 4096) float32 on axis 0 took 28 ms instead of 19 (in strips half
-# as wide as today's).
+# The terms of a row wait in a scratch of up to this share of the last cache level, which threads share. From a 32nd to
+# a quarter the times agree.
 _SCRATCH_SHARE = 16
 
 # Rows of up to this many elements are computed side by side if there are at least so many: 16 rows of 40 float32 take
@@ -146,24 +145,23 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     # Input and output together leave the last cache: what is written will not be read from there.
     streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
     traversal: Traversal
+    short = layout.n_cols <= _MAX_TILE_COLS and layout.n_rows >= _MIN_TILE_ROWS
     if function == "weighted_logsumexp":
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
-    elif layout.has_contiguous_rows and layout.n_cols <= _MAX_TILE_COLS and layout.n_rows >= _MIN_TILE_ROWS:
-        traversal, n_units = "tiles", -(-layout.n_rows * layout.itemsize // _kernels.strip_bytes)
-        unit_bytes, streaming = 0, False
+    elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
+        traversal, n_units, unit_bytes, streaming = "tiles", layout.n_rows, 0, False
     elif layout.has_contiguous_rows:
         traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * layout.itemsize
     elif layout.has_adjacent_rows:
         n_strips = -(-layout.kept[-1].size * layout.itemsize // _kernels.strip_bytes)
-        traversal, n_units = "strips", layout.n_rows // layout.kept[-1].size * n_strips
-        unit_bytes = layout.n_cols * min(layout.kept[-1].size * layout.itemsize, _kernels.strip_bytes)
+        traversal, n_units, unit_bytes = "strips", layout.n_rows // layout.kept[-1].size * n_strips, 0
     else:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
     exponentials: Exponentials = "none"
     if function == "softmax":
-        if traversal == "gather":
+        if traversal == "gather" or (traversal == "strips" and layout.n_cols * layout.itemsize > _kernels.chunk_bytes):
             exponentials = "recompute"
-        elif traversal != "tiles" and not (streaming or in_place):
+        elif traversal == "rows" and not (streaming or in_place):
             exponentials = "output"
         else:
             exponentials = "scratch" if unit_bytes <= caches.last_level // _SCRATCH_SHARE else "recompute"
