@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-Traversal = Literal["rows", "tiles", "strips", "gather", "array"]
+Traversal = Literal["rows", "split", "tiles", "strips", "gather", "array"]
 Exponentials = Literal["output", "scratch", "recompute", "none"]
 
 
@@ -23,8 +23,8 @@ class Schedule:
 
     Parameters
     ----------
-    traversal : {"rows", "tiles", "strips", "gather", "array"}
-        ``rows``: one contiguous row after the other. ``tiles``: many short rows side by side. ``strips``: bands of
+    traversal : {"rows", "split", "tiles", "strips", "gather", "array"}
+        ``rows``: one contiguous row after the other. ``split``: the same, with all threads on each row. ``tiles``: many short rows side by side. ``strips``: bands of
         adjacent rows, for a reduced axis that is not the last. ``gather``: rows of any other stride, collected a chunk
         at a time. ``array``: the whole array at once, in NumPy expressions.
     exponentials : {"output", "scratch", "recompute", "none"}
@@ -100,10 +100,6 @@ def _threads_without_limit() -> int:
         raise ValueError(f"FASTSOFTMAX_NUM_THREADS must be a positive integer, not {text!r}")
     return int(text)
 
-
-# Each thread gets at least this many elements: handing a block to a pool thread costs 20-50 us, in which one
-# core finishes about 200,000 float32 elements.
-MIN_ELEMENTS_PER_THREAD = 131_072
 
 # Blocks per thread: enough for two threads to end together on a busy machine, few enough that the hand-over is noise.
 BLOCKS_PER_THREAD = 4

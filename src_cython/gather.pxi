@@ -73,11 +73,15 @@ cdef State fold_gathered(const vec* x, const Dimensions* row, Py_ssize_t n, bint
     """The state of a row; the scratch is left with its last chunk."""
     cdef Py_ssize_t length = chunk_length(x), first = 0, size
     cdef State state, total = identity()
+    cdef double row_offset = 0.0
     while first < n:
         size = min(length, n - first)
         gather(x, row, first, size, scratch)
-        state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, total.offset)
-        total = merge(total, state, apart) if first else state
+        state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, row_offset)
+        if first == 0:
+            total, row_offset = state, state.offset
+        else:
+            total = merge(total, state, apart)
         first += size
     return within_range(total, x)
 

@@ -49,6 +49,7 @@ cdef enum Traversal:
     STRIPS
     GATHER
     TILES
+    SPLIT
 
 cdef struct Job:
     Function function
@@ -76,6 +77,8 @@ cdef struct WeightedCall:
     Dimensions b_kept
     Dimensions b_row
 
+
+include "split.pxi"
 
 chunk_bytes, strip_bytes = CHUNK_BYTES, STRIP_BYTES
 
@@ -142,6 +145,8 @@ cdef int run_job(
 ) except -1:
     """Run a job; unless it `releases` the GIL, in one block."""
     cdef Call call
+    if job.traversal == SPLIT:
+        return run_split(job, x, out, n_blocks, n_threads)
     call.job, call.x, call.y = job, cnp.PyArray_DATA(x), cnp.PyArray_DATA(out)
     call.is_single, call.n_blocks = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, n_blocks
     call.lacks_memory = False

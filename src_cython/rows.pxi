@@ -279,15 +279,19 @@ cdef void softmax_row(
     cdef Py_ssize_t length = chunk_length(x), first, size
     cdef vec* terms = y if exponentials == IN_OUTPUT else scratch
     cdef State state, total = identity()
+    cdef double row_offset = 0.0
     first = 0
     while first < n:
         size = min(length, n - first)
         if exponentials == RECOMPUTE:
-            state = fold_chunk(at(x, first), <vec*>NULL, size, False, False, total.offset)
+            state = fold_chunk(at(x, first), <vec*>NULL, size, False, False, row_offset)
         else:
-            state = fold_chunk(at(x, first), <vec*>at(<const vec*>terms, first), size, True, False, total.offset)
+            state = fold_chunk(at(x, first), <vec*>at(<const vec*>terms, first), size, True, False, row_offset)
             states[first // length] = state
-        total = merge(total, state, False) if first else state
+        if first == 0:
+            total, row_offset = state, state.offset
+        else:
+            total = merge(total, state, False)
         first += size
     total = within_range(total, x)
     if not is_regular(total):
@@ -311,9 +315,13 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
     """The state of a row with its maximum kept apart."""
     cdef Py_ssize_t length = chunk_length(x), first = 0
     cdef State state, total = identity()
+    cdef double row_offset = 0.0
     while first < n:
-        state = fold_chunk(at(x, first), <vec*>NULL, min(length, n - first), False, True, total.offset)
-        total = merge(total, state, True) if first else state
+        state = fold_chunk(at(x, first), <vec*>NULL, min(length, n - first), False, True, row_offset)
+        if first == 0:
+            total, row_offset = state, state.offset
+        else:
+            total = merge(total, state, True)
         first += length
     return within_range(total, x)
 

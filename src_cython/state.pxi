@@ -67,7 +67,7 @@ cdef inline void make_reference(vec offset, vec exponent, vec* reference) noexce
 cdef inline void reference_at(vec largest, vec row_offset, vec* reference) noexcept nogil:
     """The reference for a chunk with this maximum.
 
-    Where it needs an offset, it takes the `row_offset` of an earlier chunk if that is near enough for exact
+    Where it needs an offset, it takes the `row_offset` of the row's first chunk if that is near enough for exact
     differences: chunks that share their offset merge exactly.
 
     The term of the maximum becomes about 2**64 (float32; 2**100 in float64): so far above the smallest that even

@@ -60,8 +60,11 @@ cdef void run_long_strip(
             for row in range(rows_in_tile(n_columns, t, x)):
                 column = t * lanes(x) + row
                 state = state_in_lane(row, references + t * REFERENCE, largest, high, low)
-                totals[column] = merge(totals[column], state, apart) if first else state
-                put(row_offsets, column, totals[column].offset)
+                if first == 0:
+                    totals[column] = state
+                    put(row_offsets, column, state.offset)
+                else:
+                    totals[column] = merge(totals[column], state, apart)
         first += size
     for column in range(n_columns):
         put_finish(within_range(totals[column], x), job.function, column, references, a, b, y)

@@ -24,7 +24,7 @@ TIERS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "portable")
 # The numbers by which the kernels know their choices: the enumerations in src_cython.
 _FUNCTIONS: dict[Function, int] = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
 _FUNCTION_NAMES = {number: name for name, number in _FUNCTIONS.items()}
-_TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3}
+_TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3, "split": 4}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
 # The terms of a row wait in a scratch of up to this share of the last cache level, which threads share. From a 32nd to
@@ -36,8 +36,8 @@ _SCRATCH_SHARE = 16
 _MAX_TILE_COLS = 48
 _MIN_TILE_ROWS = 16
 
-# A call of fewer elements is not worth a second thread.
-_MAX_SERIAL_SIZE = 2 * _schedule.MIN_ELEMENTS_PER_THREAD
+# Each thread gets at least this many elements: 4 us of work in float32, where handing it over costs 0.5.
+_MIN_ELEMENTS_PER_THREAD = 32_768
 
 # A call returns to Python between blocks of this many bytes of input, so that Ctrl-C is heard within some 10 ms; but a
 # block is one row at least.
@@ -113,7 +113,7 @@ def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
 
 
 def _choose_schedule(function: Function, layout: Layout, in_place: bool) -> Schedule:
-    max_threads = _schedule.max_threads() if layout.size >= _MAX_SERIAL_SIZE else 1
+    max_threads = _schedule.max_threads() if layout.size >= 2 * _MIN_ELEMENTS_PER_THREAD else 1
     return make_schedule(function, layout, in_place, max_threads)
 
 
@@ -139,7 +139,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     Remembered, for choosing takes longer than a short row.
     """
     n_bytes = layout.size * layout.itemsize
-    n_threads = max(1, min(layout.size // _schedule.MIN_ELEMENTS_PER_THREAD, max_threads))
+    n_threads = max(1, min(layout.size // _MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
     caches = _schedule.cache_sizes()
     # Input and output together leave the last cache: what is written will not be read from there.
@@ -152,6 +152,9 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
         traversal, n_units, unit_bytes, streaming = "tiles", layout.n_rows, 0, False
     elif layout.has_contiguous_rows:
         traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * layout.itemsize
+        n_chunks = -(-unit_bytes // _kernels.chunk_bytes)
+        if n_threads > 1 and n_units < n_threads * _schedule.BLOCKS_PER_THREAD and n_chunks >= 2 * n_threads:
+            traversal, n_units = "split", n_chunks
     elif layout.has_adjacent_rows:
         n_strips = -(-layout.kept[-1].size * layout.itemsize // _kernels.strip_bytes)
         traversal, n_units, unit_bytes = "strips", layout.n_rows // layout.kept[-1].size * n_strips, 0
@@ -161,7 +164,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     if function == "softmax":
         if traversal == "gather" or (traversal == "strips" and layout.n_cols * layout.itemsize > _kernels.chunk_bytes):
             exponentials = "recompute"
-        elif traversal == "rows" and not (streaming or in_place):
+        elif traversal in ("rows", "split") and not (streaming or in_place):
             exponentials = "output"
         else:
             exponentials = "scratch" if unit_bytes <= caches.last_level // _SCRATCH_SHARE else "recompute"
