@@ -86,7 +86,7 @@ cdef inline void fold_registers(
     the smaller of x and the lane's maximum so far that is folded.
 
     Sums begin at `sum_base` and stay above every term, so that what an addition loses is known after two subtractions
-    (Dekker). With the maxima apart they begin at 0, as all that is left may be far smaller, and Knuth's five are needed.
+    (Dekker). With the maxima apart they begin at 0, as what is left may be far smaller, and Knuth's five are needed.
     """
     cdef vec[GROUP] folded, scales, growths
     cdef vec total, seen, lost
@@ -228,8 +228,8 @@ cdef inline void write_chunk(
     cdef vec[GROUP] v
     cdef Py_ssize_t width = lanes(y), i = 0
     cdef int count, j
-    # Up to the first whole register of the output, without which there is no streaming, and all stores cross cache lines:
-    # (1024, 1024) float32 would take 8 % longer.
+    # Up to the first whole register of the output: no streaming before, and every store would cross a cache line,
+    # for which (1024, 1024) float32 take 8 % longer.
     if streaming or n >= ALIGNED * width:
         count = <int>min(n, <Py_ssize_t>(-<uintptr_t>y % REGISTER_BYTES) * width // REGISTER_BYTES)
         if count:
