@@ -2,14 +2,14 @@
 
 What comes between the passes over a row - its reference, the addition of its lanes, the reciprocal - is a chain of some
 two hundred operations that wait for each other. A batch does it for all its rows at once, a row in each lane:
-(64, 1000) float32 take 17 us row by row, 12 in batches. The bits are those of the row alone.
+(64, 1000) float32 take 14 us instead of 17. The bits are those of the row alone.
 """
 
 
 cdef enum:
     MAX_LANES = 16
-    # Input of a batch; its rows stay in the L2 cache from one pass to the next. (64, 1000) float32 take 8 % longer with
-    # 16 KiB.
+    # Input of a batch; its rows stay in the L2 cache from one pass to the next. (64, 1000) float32 take 11.8 us,
+    # with 32 KiB 12.6, with 16 KiB 13.3.
     BATCH_BYTES = 65536
 
 
@@ -169,9 +169,17 @@ cdef void run_batch(
     cdef vec* targets[MAX_LANES]
     cdef vec* terms[MAX_LANES]
     cdef Py_ssize_t x_offset, y_offset
+    cdef bint adjacent = job.function == SOFTMAX and job.exponentials == IN_SCRATCH and job.streaming
     cdef int row
     for row in range(n_rows):
         locate(&job.kept, first + row, &x_offset, &y_offset)
         sources[row], targets[row] = <const vec*>(<const char*>x + x_offset), <vec*>(<char*>y + y_offset)
         terms[row] = <vec*>at(<const vec*>scratch, row * n) if job.exponentials == IN_SCRATCH else targets[row]
-    run_rows(sources, terms, targets, n_rows, n, job.function, job.exponentials, job.streaming)
+        adjacent &= <const vec*>targets[row] == at(<const vec*>targets[0], row * n)
+    # Line by line of the output, not row by row: a cache line that two rows share would be written in parts. Where rows
+    # begin in the midst of one, (100000, 128) float32 take 5.9 ms instead of 7.2; elsewhere, 5.3 instead of 4.9.
+    if adjacent:
+        run_rows(sources, terms, terms, n_rows, n, SOFTMAX, IN_SCRATCH, False)
+        write_chunk(SCALE, <const vec*>scratch, targets[0], n_rows * n, <const vec*>NULL, 1.0, 0.0, True)
+    else:
+        run_rows(sources, terms, targets, n_rows, n, job.function, job.exponentials, job.streaming)
