@@ -24,9 +24,10 @@ class Schedule:
     Parameters
     ----------
     traversal : {"rows", "split", "tiles", "strips", "gather", "array"}
-        ``rows``: one contiguous row after the other. ``split``: the same, with all threads on each row. ``tiles``: many short rows side by side. ``strips``: bands of
-        adjacent rows, for a reduced axis that is not the last. ``gather``: rows of any other stride, collected a chunk
-        at a time. ``array``: the whole array at once, in NumPy expressions.
+        ``rows``: one contiguous row after the other. ``split``: the same, with all threads on each row. ``tiles``: many
+        short rows side by side. ``strips``: bands of adjacent rows, for a reduced axis that is not the last.
+        ``gather``: rows of any other stride, collected a chunk at a time. ``array``: the whole array at once, in NumPy
+        expressions.
     exponentials : {"output", "scratch", "recompute", "none"}
         Where exp(x) waits for the sum: in the output itself, in a cache-sized scratch, nowhere (the second pass
         computes it again), or it is never needed.

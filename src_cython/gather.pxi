@@ -113,6 +113,6 @@ cdef void log_softmax_gathered(const vec* x, vec* y, const Dimensions* row, Py_s
         if n > length:
             gather(x, row, first, size, scratch)
         write_chunk(
-            SUBTRACT, <const vec*>scratch, scratch, size, <const vec*>NULL, total.maximum, log_sum(total, x), False)
+            SUBTRACT, <const vec*>scratch, scratch, size, <const vec*>NULL, scale_by(total.maximum, log_sum(total, x)), False)
         scatter(<const vec*>scratch, y, row, first, size)
         first += size

@@ -179,7 +179,7 @@ cdef int run_in_parts(
 
     `first` is where the function that runs a block finds the number that its own counts from.
     """
-    cdef Py_ssize_t n_together = BLOCKS_IN_A_PART * n_threads
+    cdef Py_ssize_t n_together = BLOCKS_IN_A_PART * n_threads if n_threads > 1 else 1
     first[0] = 0
     while first[0] < n_blocks:
         with nogil:

@@ -32,8 +32,13 @@ cdef extern from "simd.h" nogil:
     f64v f64v_minimum(f64v a, f64v b)
     f32v f32v_fused(f32v a, f32v b, f32v c)
     f64v f64v_fused(f64v a, f64v b, f64v c)
-    f32v f32v_power_of_two(f32v v)
-    f64v f64v_power_of_two(f64v v)
+    const int F32_POWERS, F64_POWERS, F32_POWERS_LOG2, F64_POWERS_LOG2
+    const f32v f32v_powers, f32v_powers_error
+    const f64v f64v_powers, f64v_powers_error
+    f32v f32v_pick(f32v table, f32v v)
+    f64v f64v_pick(f64v table, f64v v)
+    f32v f32v_raise(f32v v, f32v magic, int dropped)
+    f64v f64v_raise(f64v v, f64v magic, int dropped)
     f32v f32v_significand(f32v v)
     f64v f64v_significand(f64v v)
     f32v f32v_binary_exponent(f32v v)
@@ -163,12 +168,30 @@ cdef inline vec fused(vec a, vec b, vec c) noexcept nogil:
         return f64v_fused(a, b, c)
 
 
-cdef inline vec power_of_two(vec v) noexcept nogil:
-    """2**k, where the lowest bits of v hold k plus the exponent bias of the type."""
+cdef inline int powers(const vec* like) noexcept nogil:
+    """How many powers 2**(j / powers) there is a table of; 1 without a table."""
     if vec is f32v:
-        return f32v_power_of_two(v)
+        return F32_POWERS
     else:
-        return f64v_power_of_two(v)
+        return F64_POWERS
+
+
+cdef inline vec times_power(vec v, vec magic) noexcept nogil:
+    """v * 2**k, where the lowest bits of `magic` hold powers * k + j, and both are normal numbers."""
+    if vec is f32v:
+        return f32v_raise(v, magic, F32_POWERS_LOG2)
+    else:
+        return f64v_raise(v, magic, F64_POWERS_LOG2)
+
+
+cdef inline vec root_of_two(vec magic, vec* error) noexcept nogil:
+    """2**(j / powers), rounded, and its relative error, where the lowest bits of `magic` hold j."""
+    if vec is f32v:
+        error[0] = f32v_pick(f32v_powers_error, magic)
+        return f32v_pick(f32v_powers, magic)
+    else:
+        error[0] = f64v_pick(f64v_powers_error, magic)
+        return f64v_pick(f64v_powers, magic)
 
 
 cdef inline vec significand(vec v) noexcept nogil:

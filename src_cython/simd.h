@@ -27,6 +27,21 @@
 /* Registers that go through the exponential together: each takes three of the 32 or 16 there are, beside constants. */
 enum { GROUP = REGISTER_BYTES == 64 ? 8 : 4 };
 
+/* A table of 2**(j / POWERS) for j below POWERS, and of their relative rounding errors: as many as one register holds,
+ * where an instruction picks lanes of a register by the numbers in another. */
+#if REGISTER_BYTES == 64
+#define F32_POWERS_LOG2 4
+#define F64_POWERS_LOG2 3
+#elif REGISTER_BYTES == 32
+#define F32_POWERS_LOG2 3
+#define F64_POWERS_LOG2 0
+#else
+#define F32_POWERS_LOG2 0
+#define F64_POWERS_LOG2 0
+#endif
+#define F32_POWERS (1 << F32_POWERS_LOG2)
+#define F64_POWERS (1 << F64_POWERS_LOG2)
+
 /* Whether a * b + c is one instruction with one rounding. */
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMA)
 #define HAS_FMA 1
@@ -44,8 +59,11 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
     static inline T T##_splat(double c) { return (real)c - (T){0}; }                                                   \
     static inline T T##_load(const T *p) { return *(const T##_unaligned *)p; }                                         \
     static inline void T##_store(T *p, T v) { *(T##_unaligned *)p = v; }                                               \
-    /* 2**k, where the lowest bits of v's mantissa hold k + the exponent bias of the type. */                          \
-    static inline T T##_power_of_two(T v) { return (T)((bits)v << mantissa_bits); }                                    \
+    /* v * 2**k, where the lowest bits of `magic` hold k and below it `dropped` others, and both are normal numbers. */ \
+    static inline T T##_raise(T v, T magic, int dropped)                                                               \
+    {                                                                                                                  \
+        return (T)((bits)v + ((bits)magic >> dropped << mantissa_bits));                                               \
+    }                                                                                                                  \
     /* v = significand * 2**binary_exponent, with 1 <= |significand| < 2, where v is a normal number.            */     \
     static inline T T##_significand(T v)                                                                               \
     {                                                                                                                  \
@@ -67,6 +85,41 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
 
 DEFINE_FOR_ANY_PROCESSOR(f32v, float, u32v, 23)
 DEFINE_FOR_ANY_PROCESSOR(f64v, double, u64v, 52)
+
+/* pick: element j of a table, where the lowest bits of v hold j. */
+#if REGISTER_BYTES == 64
+static const f32v f32v_powers = {
+    0x1p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
+    0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f, 0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f,
+    0x1.ea4afap+0f};
+static const f32v f32v_powers_error = {
+    0.0f, 0x1.8d96d4p-25f, -0x1.9c0c22p-27f, 0x1.964904p-25f, 0x1.125002p-25f, 0x1.370be4p-25f, -0x1.0a3550p-25f,
+    -0x1.00d8acp-27f, 0x1.26055cp-26f, -0x1.05cb44p-25f, 0x1.67a1cap-28f, 0x1.a3b5e4p-28f, -0x1.f9c304p-27f,
+    -0x1.6961b4p-28f, -0x1.a5217cp-28f, 0x1.61428ep-28f};
+static const f64v f64v_powers = {
+    0x1p+0, 0x1.172b83c7d517bp+0, 0x1.306fe0a31b715p+0, 0x1.4bfdad5362a27p+0, 0x1.6a09e667f3bcdp+0, 0x1.8ace5422aa0dbp+0,
+    0x1.ae89f995ad3adp+0, 0x1.d5818dcfba487p+0};
+static const f64v f64v_powers_error = {
+    0.0, -0x1.01b15eaa59348p-55, 0x1.34d754db0abb6p-55, 0x1.690cebb7aafb0p-56, -0x1.3b3efbf5e2228p-54,
+    0x1.db72fc1f0eab4p-55, 0x1.c1a7792cb3387p-55, 0x1.4a385a63d07a7p-56};
+static inline f32v f32v_pick(f32v table, f32v v) { return (f32v)_mm512_permutexvar_ps((__m512i)v, (__m512)table); }
+static inline f64v f64v_pick(f64v table, f64v v) { return (f64v)_mm512_permutexvar_pd((__m512i)v, (__m512d)table); }
+#elif REGISTER_BYTES == 32
+static const f32v f32v_powers = {0x1p+0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
+                                 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
+static const f32v f32v_powers_error = {0.0f, -0x1.9c0c22p-27f, 0x1.125002p-25f, -0x1.0a3550p-25f,
+                                       0x1.26055cp-26f, 0x1.67a1cap-28f, -0x1.f9c304p-27f, -0x1.a5217cp-28f};
+static inline f32v f32v_pick(f32v table, f32v v) { return (f32v)_mm256_permutevar8x32_ps((__m256)table, (__m256i)v); }
+#endif
+/* Never used where the table has one element. */
+#if F32_POWERS == 1
+static const f32v f32v_powers, f32v_powers_error;
+static inline f32v f32v_pick(f32v table, f32v v) { return table + v; }
+#endif
+#if F64_POWERS == 1
+static const f64v f64v_powers, f64v_powers_error;
+static inline f64v f64v_pick(f64v table, f64v v) { return table + v; }
+#endif
 
 /* Lane permutations. swap: lane i of the result is lane i ^ distance of v. transpose: of as many registers as each has
  * lanes; for every distance, registers that far apart exchange the lanes that are, which turns ever smaller blocks.

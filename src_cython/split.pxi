@@ -122,7 +122,8 @@ cdef inline void write_split_chunks(const vec* x, vec* y, SplitRow* row, Py_ssiz
         size, target = min(length, row.n - first), <vec*>at(<const vec*>y, first)
         if row.function == LOG_SOFTMAX:
             write_chunk(
-                SUBTRACT, at(x, first), target, size, <const vec*>NULL, row.total.maximum, row.log_sum, row.streaming)
+                SUBTRACT, at(x, first), target, size, <const vec*>NULL, scale_by(row.total.maximum, row.log_sum),
+                row.streaming)
         elif not is_regular(row.total):
             fill_nan(target, size)
         elif row.exponentials == RECOMPUTE:

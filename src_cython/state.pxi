@@ -45,16 +45,21 @@ cdef struct State:
 cdef enum:
     OFFSET
     FLOOR      # what lies so far below the offset contributes less than any result can show, and is raised to here
-    MAGIC      # added to (x - offset) * log2(e): rounds it to an integer and leaves the term's exponent bits behind
+    MAGIC      # added to (x - offset) * log2(e) * powers: rounds it to an integer, and leaves it in the lowest bits
     REFERENCE  # registers in a reference
 
 
+cdef inline vec rounder(const vec* like) noexcept nogil:
+    """Rounds what is added to it to an integer, and has that in its lowest bits."""
+    return splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, like), like)
+
+
 cdef inline vec magic_for(vec exponent) noexcept nogil:
-    return splat(by_type(1.5 * 2.0**23 + 127.0, 1.5 * 2.0**52 + 1023.0, &exponent), &exponent) - exponent
+    return rounder(&exponent) - exponent * splat(powers(&exponent), &exponent)
 
 
 cdef inline vec exponent_of(const vec* reference) noexcept nogil:
-    return splat(by_type(1.5 * 2.0**23 + 127.0, 1.5 * 2.0**52 + 1023.0, reference), reference) - reference[MAGIC]
+    return (rounder(reference) - reference[MAGIC]) * splat(1.0 / powers(reference), reference)
 
 
 cdef inline void make_reference(vec offset, vec exponent, vec* reference) noexcept nogil:
@@ -90,6 +95,12 @@ cdef inline vec sum_base(const vec* like) noexcept nogil:
     return splat(by_type(2.0**66, 2.0**102, like), like)
 
 
+cdef inline void start(vec* q, const vec* r, int count, double coefficient) noexcept nogil:
+    cdef int j
+    for j in range(count):
+        q[j] = splat(coefficient, r)
+
+
 cdef inline void horner(vec* q, const vec* r, int count, double coefficient) noexcept nogil:
     cdef int j
     for j in range(count):
@@ -97,16 +108,31 @@ cdef inline void horner(vec* q, const vec* r, int count, double coefficient) noe
 
 
 cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
-    """q with exp(r) = 1 + r + r**2 q on [-ln2/2, ln2/2], minimax: 2**-28.2 relative to exp(r), 2**-57.9 in float64."""
+    """q with exp(r) = 1 + r + r**2 q for |r| <= ln(2) / (2 powers), minimax: 2**-28.2 relative to exp(r), 2**-57.9 in
+    float64, and less with a table."""
     cdef int j
-    for j in range(count):
-        q[j] = splat(by_type(1.3814328e-3, 2.4999863292277574e-08, r), r)
-    if vec is f32v:
+    if vec is f32v and powers(r) == 16:
+        start(q, r, count, 0.166667178273201)
+        horner(q, r, count, 0.5000161528587341)
+    elif vec is f32v and powers(r) == 8:
+        start(q, r, count, 0.041660431772470474)
+        horner(q, r, count, 0.1666802614927292)
+        horner(q, r, count, 0.5)
+    elif vec is f32v:
+        start(q, r, count, 1.3814328e-3)
         horner(q, r, count, 8.368848e-3)
         horner(q, r, count, 4.16684e-2)
         horner(q, r, count, 1.666652e-1)
         horner(q, r, count, 4.9999994e-1)
+    elif powers(r) == 8:
+        start(q, r, count, 0.00019840568660682776)
+        horner(q, r, count, 0.0013889780684357437)
+        horner(q, r, count, 0.008333333371042426)
+        horner(q, r, count, 0.041666666570070315)
+        horner(q, r, count, 0.1666666666666373)
+        horner(q, r, count, 0.5000000000000296)
     else:
+        start(q, r, count, 2.4999863292277574e-08)
         horner(q, r, count, 2.7630516674528656e-07)
         horner(q, r, count, 2.7557588370633496e-06)
         horner(q, r, count, 2.480149240587303e-05)
@@ -119,32 +145,45 @@ cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
 
 
 cdef inline void exp_parts(
-    const vec* x, vec* scales, vec* growths, int count, const vec* reference, int step
+    const vec* x, vec* heads, vec* tails, int count, const vec* reference, int step
 ) noexcept nogil:
-    """exp(x - offset) * 2**-exponent of a reference as scale * (1 + growth), of which only the growth is rounded.
+    """exp(x - offset) * 2**-exponent of a reference as head + tail, the tail below a tenth of the head.
+
+    x - offset = k * ln(2) / powers + r. With a table, the head is an element of it times a power of two; r is so small
+    that its own rounding and that of the tail do not matter. Without, the head is 1 + r, and they are kept.
 
     With a `step` of 1 each register has a reference of its own, with 0 all have the same.
 
     `count` registers, at most GROUP, go through each step together: one alone is a chain of 20 operations that wait
     for each other, and a processor's scheduler holds too few of them to overlap enough chains by itself.
     """
-    cdef vec[GROUP] z, k, r, q
+    cdef vec[GROUP] z, magic, k, r, r_low, q
+    cdef vec one = splat(1.0, x), error, scale
     cdef int j
     for j in range(count):
         z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
     for j in range(count):
-        scales[j] = z[j] * splat(LOG2_E, x) + reference[j * step * REFERENCE + MAGIC]
+        magic[j] = z[j] * splat(LOG2_E * powers(x), x) + reference[j * step * REFERENCE + MAGIC]
     for j in range(count):
-        k[j] = scales[j] - reference[j * step * REFERENCE + MAGIC]
+        k[j] = magic[j] - reference[j * step * REFERENCE + MAGIC]
     for j in range(count):
-        scales[j] = power_of_two(scales[j])
+        r_low[j] = z[j] - k[j] * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, x) / powers(x), x)
     for j in range(count):
-        r[j] = z[j] - k[j] * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, x), x)
-    for j in range(count):
-        r[j] = r[j] - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x), x)
+        r[j] = r_low[j] - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x) / powers(x), x)
     exp_tail(r, q, count)
+    if powers(x) > 1:
+        for j in range(count):
+            heads[j] = times_power(root_of_two(magic[j], &error), magic[j])
+            tails[j] = heads[j] * (r[j] * r[j] * q[j] + (r[j] + error))
+        return
     for j in range(count):
-        growths[j] = r[j] * r[j] * q[j] + r[j]
+        r_low[j] = (r_low[j] - r[j]) - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x), x)
+    for j in range(count):
+        heads[j] = one + r[j]
+        tails[j] = r[j] * r[j] * q[j] + ((r[j] - (heads[j] - one)) + r_low[j])
+    for j in range(count):
+        scale = times_power(one, magic[j])
+        heads[j], tails[j] = heads[j] * scale, tails[j] * scale
 
 
 cdef inline void scaled_exp(
@@ -155,14 +194,14 @@ cdef inline void scaled_exp(
     `residuals`, where they are not NULL, are what rounding took from the terms: without them the error of a row's
     largest term, the larger half of an ULP, would be the error of the sum and so of every probability.
     """
-    cdef vec[GROUP] scales, growths
+    cdef vec[GROUP] heads, tails
     cdef int j
-    exp_parts(x, scales, growths, count, reference, step)
-    for j in range(count):  # the product by a power of two is exact: only the sum is rounded
-        terms[j] = scales[j] * growths[j] + scales[j]
+    exp_parts(x, heads, tails, count, reference, step)
+    for j in range(count):
+        terms[j] = heads[j] + tails[j]
     if residuals != NULL:
-        for j in range(count):  # exact, as is this difference (Sterbenz)
-            residuals[j] = scales[j] * growths[j] - (terms[j] - scales[j])
+        for j in range(count):  # exact (Dekker)
+            residuals[j] = tails[j] - (terms[j] - heads[j])
 
 
 cdef inline vec two_sum(vec a, vec b, vec* error) noexcept nogil:
@@ -278,42 +317,45 @@ cdef inline void add(State* state, double term) noexcept nogil:
     state.high = total
 
 
-cdef inline void normalize(
-    vec largest, vec high, vec low, const vec* reference, vec* factor, vec* factor_low
-) noexcept nogil:
-    """What turns terms into probabilities: 1 / (high + low) = factor + factor_low."""
-    cdef vec total, rest
-    settle_ties(largest, &high, &low, reference)
-    total = high + low
-    rest = (high - total) + low
-    factor[0] = splat(1.0, &total) / total
-    factor_low[0] = factor[0] * (minus_product(splat(1.0, &total), factor[0], total) - factor[0] * rest)
+# What makes a probability of a term: four registers, with a value for each lane.
+cdef enum:
+    FACTOR      # 1 / sum = FACTOR + FACTOR_LOW
+    FACTOR_LOW
+    LIMIT       # probabilities from here on are SHARE
+    SHARE
+    FINISHERS   # registers
 
 
-cdef inline void settle_ties(vec largest, vec* high, vec* low, const vec* reference) noexcept nogil:
+cdef inline void normalize(vec largest, vec high, vec low, const vec* reference, vec* finishers) noexcept nogil:
+    """What makes probabilities of terms whose sum is high + low."""
+    cdef vec total = high + low, rest = (high - total) + low, factor = splat(1.0, &total) / total
+    finishers[FACTOR] = factor
+    finishers[FACTOR_LOW] = factor * (minus_product(splat(1.0, &total), factor, total) - factor * rest)
+    find_ties(largest, high, low, reference, finishers)
+
+
+cdef inline void find_ties(vec largest, vec high, vec low, const vec* reference, vec* finishers) noexcept nogil:
     """Make the probability exactly 1 / m where a row is m equal elements and others too small to matter.
 
-    Terms are rounded and the sum is not, so their quotient may be a neighbour of 1 / m. The sum is set to m terms if it
-    is that many unrounded ones to far more digits than chance would have it. An element that is alone (m = 1) needs
-    less: where the others are below a quarter of an ULP together, the sum is brought within a quarter of the term.
+    Terms are rounded and their sum is not, so their quotient may be a neighbour of 1 / m. The row is such a one if its
+    sum is that of m unrounded terms to far more digits than chance would have it. An element that is alone (m = 1) needs
+    less: that the others are below a quarter of an ULP together.
     """
-    cdef vec zero = splat(0.0, &largest), rounder = splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &largest), &largest)
-    cdef vec top, top_low, bound, others, m, distance, tied, tied_low
+    cdef vec zero = splat(0.0, &largest), one = splat(1.0, &largest)
+    cdef vec rounder = splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &largest), &largest)
+    cdef vec top, top_low, bound, others, m, distance
     scaled_exp(&largest, &top, &top_low, 1, reference, 0)
     bound = top * splat(by_type(0.9 * 2.0**-25, 0.9 * 2.0**-54, &top), &top)
-    others = (high[0] - top) + (low[0] - top_low)
-    m = (high[0] / top + rounder) - rounder
-    distance = minus_product(high[0], m, top) + minus_product(low[0], m, top_low)
+    others = (high - top) + (low - top_low)
+    m = (high / top + rounder) - rounder
+    distance = minus_product(high, m, top) + minus_product(low, m, top_low)
     distance = maximum(distance, zero - distance)
-    tied = m * top
-    tied_low = zero - minus_product(tied, m, top)
-    # Beyond 4096 the digits of the sum no longer rule out chance; NaN keeps what is there.
-    distance = where_at_most(m, splat(4096.0, &m), distance, splat(INFINITY, &m))
-    m = high[0] * splat(by_type(2.0**-32, 2.0**-88, &m), &m)
-    low[0] = where_at_most(distance, m, tied_low, low[0])
-    high[0] = where_at_most(distance, m, tied, high[0])
-    low[0] = where_at_most(others, bound, maximum(zero - bound, minimum(bound, top_low + others)), low[0])
-    high[0] = where_at_most(others, bound, top, high[0])
+    m = where_at_most(distance, high * splat(by_type(2.0**-32, 2.0**-88, &m), &m), m, splat(INFINITY, &m))
+    m = where_at_most(others, bound, one, m)
+    finishers[SHARE] = one / m
+    # Beyond 4096 the digits of the sum no longer rule out chance.
+    finishers[LIMIT] = where_at_most(
+        m, splat(4096.0, &m), finishers[SHARE] * splat(0.75, &m), splat(INFINITY, &m))
 
 
 cdef inline void rest_over_top(
@@ -349,20 +391,43 @@ cdef inline void to_registers(State state, const vec* like, vec* high, vec* low,
     make_reference(splat(state.offset, like), splat(state.exponent, like), reference)
 
 
-cdef struct Scale:  # the two parts of 1 / sum
+cdef struct Scale:  # the finishers of one row
     double factor
     double factor_low
+    double limit
+    double share
+
+
+cdef inline Scale scale_by(double factor, double factor_low) noexcept nogil:
+    cdef Scale scale
+    scale.factor, scale.factor_low, scale.limit, scale.share = factor, factor_low, INFINITY, 0.0
+    return scale
+
+
+cdef inline Scale scale_in_lane(const vec* finishers, int row) noexcept nogil:
+    """The finishers of one of several rows."""
+    cdef Scale scale
+    scale.factor, scale.factor_low = get(finishers + FACTOR, row), get(finishers + FACTOR_LOW, row)
+    scale.limit, scale.share = get(finishers + LIMIT, row), get(finishers + SHARE, row)
+    return scale
+
+
+cdef inline void put_scale(vec* finishers, int row, Scale scale) noexcept nogil:
+    """Set the finishers of one of several rows."""
+    put(finishers + FACTOR, row, scale.factor)
+    put(finishers + FACTOR_LOW, row, scale.factor_low)
+    put(finishers + LIMIT, row, scale.limit)
+    put(finishers + SHARE, row, scale.share)
 
 
 cdef inline Scale scale_of(State state, const vec* like) noexcept nogil:
     """`normalize` for one row."""
     cdef vec[REFERENCE] reference
-    cdef vec high, low, factor, factor_low
-    cdef Scale scale
+    cdef vec[FINISHERS] finishers
+    cdef vec high, low
     to_registers(state, like, &high, &low, reference)
-    normalize(splat(state.maximum, like), high, low, reference, &factor, &factor_low)
-    scale.factor, scale.factor_low = lane(factor, 0), lane(factor_low, 0)
-    return scale
+    normalize(splat(state.maximum, like), high, low, reference, finishers)
+    return scale_in_lane(<const vec*>finishers, 0)
 
 
 cdef inline bint is_regular(State state) noexcept nogil:

@@ -42,14 +42,17 @@ cdef void run_long_strip(
     cdef State[MAX_COLUMNS] totals
     cdef State state
     cdef vec[REFERENCE * MAX_TILES] references
-    cdef vec[MAX_TILES] row_offsets, a, b
+    cdef vec[FINISHERS * MAX_TILES] finishers
+    cdef vec[MAX_TILES] row_offsets
     cdef vec largest, high, low
     cdef bint apart = job.function != SOFTMAX
     cdef int n_tiles = (n_columns + lanes(x) - 1) // lanes(x), t, column, row
     for t in range(n_tiles):
-        row_offsets[t] = a[t] = b[t] = splat(0.0, x)
+        row_offsets[t] = splat(0.0, x)
         for row in range(REFERENCE):
             references[t * REFERENCE + row] = splat(0.0, x)
+        for row in range(FINISHERS):
+            finishers[t * FINISHERS + row] = splat(0.0, x)
     while first < n:
         size = min(length, n - first)
         copy_strip(below(x, first, x_stride), x_stride, n_columns, size, tiles, tile_size)
@@ -67,18 +70,18 @@ cdef void run_long_strip(
                     totals[column] = merge(totals[column], state, apart)
         first += size
     for column in range(n_columns):
-        put_finish(within_range(totals[column], x), job.function, column, references, a, b, y)
+        put_finish(within_range(totals[column], x), job.function, column, references, finishers, y)
     first = 0
     while first < n and job.function != LOGSUMEXP:
         size = min(length, n - first)
         copy_strip(below(x, first, x_stride), x_stride, n_columns, size, tiles, tile_size)
         if job.function == SOFTMAX:
             write_tiles(
-                EXP_SCALE, <const vec*>tiles, tile_size, n_columns, size, references, a, b,
+                EXP_SCALE, <const vec*>tiles, tile_size, n_columns, size, references, <const vec*>finishers,
                 <vec*>below(<const vec*>y, first, y_stride), y_stride, job.streaming)
         else:
             finish_tiles(
-                <const vec*>tiles, tile_size, n_columns, size, LOG_SOFTMAX, a, b,
+                <const vec*>tiles, tile_size, n_columns, size, LOG_SOFTMAX, <const vec*>finishers,
                 <vec*>below(<const vec*>y, first, y_stride), y_stride, job.streaming)
         first += size
 
@@ -97,23 +100,20 @@ cdef inline State state_in_lane(int row, const vec* reference, vec largest, vec 
 
 
 cdef inline void put_finish(
-    State total, Function function, int column, vec* references, vec* a, vec* b, vec* y
+    State total, Function function, int column, vec* references, vec* finishers, vec* y
 ) noexcept nogil:
     """Set what the second pass needs to write one column; for logsumexp, write it."""
     cdef vec[REFERENCE] reference
-    cdef Scale scale
     cdef int t = column // lanes(<const vec*>y), row = column % lanes(<const vec*>y), i
+    finishers += t * FINISHERS
     if function == LOGSUMEXP:
         put(y, column, total.maximum + log_sum(total, <const vec*>y))
     elif function == LOG_SOFTMAX:
-        put(a, column, total.maximum)
-        put(b, column, log_sum(total, <const vec*>y))
+        put_scale(finishers, row, scale_by(total.maximum, log_sum(total, <const vec*>y)))
     elif not is_regular(total):
-        put(a, column, INFINITY - INFINITY)
+        put_scale(finishers, row, scale_by(INFINITY - INFINITY, 0.0))
     else:
-        scale = scale_of(total, <const vec*>y)
-        put(a, column, scale.factor)
-        put(b, column, scale.factor_low)
+        put_scale(finishers, row, scale_of(total, <const vec*>y))
         make_reference(splat(total.offset, y), splat(total.exponent, y), reference)
         for i in range(REFERENCE):
             put(references + t * REFERENCE + i, row, lane(reference[i], 0))
@@ -125,7 +125,7 @@ cdef void run_strip(
     """Run one strip; `tiles` has room for a chunk of its columns."""
     cdef Py_ssize_t x_offset, y_offset, first = index * strip_columns(x), n = job.row.size[0]
     cdef Py_ssize_t tile_size = tile_registers(n, x)
-    cdef vec[MAX_TILES] a, b
+    cdef vec[FINISHERS * MAX_TILES] finishers
     cdef int inner = job.kept.count, n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(x)), t
     locate(&job.kept, outer, &x_offset, &y_offset)
     x = <const vec*>(<const char*>x + x_offset + first * itemsize(x))
@@ -135,6 +135,7 @@ cdef void run_strip(
         return
     copy_strip(x, job.row.x_stride[0], n_columns, n, tiles, tile_size)
     for t in range((n_columns + lanes(x) - 1) // lanes(x)):
-        reduce_tile(tiles + t * tile_size, rows_in_tile(n_columns, t, x), n, job.function, &a[t], &b[t], y + t)
+        reduce_tile(
+            tiles + t * tile_size, rows_in_tile(n_columns, t, x), n, job.function, finishers + t * FINISHERS, y + t)
     finish_tiles(
-        <const vec*>tiles, tile_size, n_columns, n, job.function, a, b, y, job.row.y_stride[0], job.streaming)
+        <const vec*>tiles, tile_size, n_columns, n, job.function, <const vec*>finishers, y, job.row.y_stride[0], job.streaming)

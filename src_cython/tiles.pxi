@@ -107,9 +107,9 @@ cdef inline int rows_in_tile(int n_rows, int tile, const vec* like) noexcept nog
 
 cdef inline void write_tiles(
     Finish kind, const vec* tiles, Py_ssize_t tile_size, int n_rows, Py_ssize_t n, const vec* references,
-    const vec* a, const vec* b, vec* y, Py_ssize_t y_stride, bint streaming
+    const vec* finishers, vec* y, Py_ssize_t y_stride, bint streaming
 ) noexcept nogil:
-    """Write tiles side by side: n elements of n_rows adjacent rows; each tile has its own reference, a and b."""
+    """Write tiles side by side: n elements of n_rows adjacent rows; each tile has its own reference and finishers."""
     cdef int n_tiles = (n_rows + lanes(tiles) - 1) // lanes(tiles), t, count
     cdef Py_ssize_t element
     cdef vec value
@@ -117,7 +117,7 @@ cdef inline void write_tiles(
     for element in range(n):
         for t in range(n_tiles):
             value = tiles[t * tile_size + element]
-            finish(&value, 1, kind, references + t * REFERENCE, a + t, b + t)
+            finish(&value, 1, kind, references + t * REFERENCE, finishers + t * FINISHERS, True)
             place = <vec*>below(<const vec*>(y + t), element, y_stride)
             count = rows_in_tile(n_rows, t, tiles)
             if streaming and count == lanes(tiles) and <uintptr_t>place % REGISTER_BYTES == 0:
@@ -127,7 +127,7 @@ cdef inline void write_tiles(
 
 
 cdef void reduce_tile(
-    vec* tile, int n_rows, Py_ssize_t n, Function function, vec* a, vec* b, vec* y
+    vec* tile, int n_rows, Py_ssize_t n, Function function, vec* finishers, vec* y
 ) noexcept nogil:
     """Make terms of the logits for softmax, and find what finishes elements; write logsumexp, which is all there is."""
     cdef vec[REFERENCE] references
@@ -136,26 +136,26 @@ cdef void reduce_tile(
     cdef int row
     fold_tile(tile, n_rows, n, function != SOFTMAX, splat(0.0, y), references, &largest, &high, &low)
     if function == SOFTMAX:
-        normalize_rows(largest, high, low, references, a, b)
+        normalize_rows(largest, high, low, references, finishers)
         return
-    a[0] = b[0] = largest
+    finishers[FACTOR] = finishers[FACTOR_LOW] = largest
     log_sums_of(largest, high, low, references, n_rows, log_sums)
     for row in range(n_rows):
         if function == LOGSUMEXP:
             put(y, row, get(&largest, row) + log_sums[row])
         else:
-            put(b, row, log_sums[row])
+            put(finishers + FACTOR_LOW, row, log_sums[row])
 
 
 cdef inline void finish_tiles(
-    const vec* tiles, Py_ssize_t tile_size, int n_rows, Py_ssize_t n, Function function, const vec* a, const vec* b,
-    vec* y, Py_ssize_t y_stride, bint streaming
+    const vec* tiles, Py_ssize_t tile_size, int n_rows, Py_ssize_t n, Function function, const vec* finishers, vec* y,
+    Py_ssize_t y_stride, bint streaming
 ) noexcept nogil:
     """Write what `reduce_tile` has prepared."""
     if function == SOFTMAX:
-        write_tiles(SCALE, tiles, tile_size, n_rows, n, <const vec*>NULL, a, b, y, y_stride, streaming)
+        write_tiles(SCALE, tiles, tile_size, n_rows, n, <const vec*>NULL, finishers, y, y_stride, streaming)
     elif function == LOG_SOFTMAX:
-        write_tiles(SUBTRACT, tiles, tile_size, n_rows, n, <const vec*>NULL, a, b, y, y_stride, streaming)
+        write_tiles(SUBTRACT, tiles, tile_size, n_rows, n, <const vec*>NULL, finishers, y, y_stride, streaming)
 
 
 cdef void run_turned(
@@ -163,10 +163,11 @@ cdef void run_turned(
 ) noexcept nogil:
     """Run n_rows contiguous short rows, at most a register's lanes, from `first` on."""
     cdef Py_ssize_t x_stride = job.kept.x_stride[0], y_stride = job.kept.y_stride[0]
-    cdef vec a, b
+    cdef vec[FINISHERS] finishers
     turn(below(x, first, x_stride), x_stride, n_rows, n, tile, REGISTER_BYTES)
-    reduce_tile(tile, n_rows, n, job.function, &a, &b, tile)
-    finish_tiles(<const vec*>tile, n, lanes(x), n, job.function, &a, &b, tile, REGISTER_BYTES, False)
+    reduce_tile(tile, n_rows, n, job.function, finishers, tile)
+    finish_tiles(
+        <const vec*>tile, n, lanes(x), n, job.function, <const vec*>finishers, tile, REGISTER_BYTES, False)
     turn(
         <const vec*>tile, REGISTER_BYTES, 1 if job.function == LOGSUMEXP else n, n_rows,
         <vec*>below(<const vec*>y, first, y_stride), y_stride)

@@ -69,7 +69,7 @@ def test_the_forced_backend_and_tier_ran(backend, function, dtype):
     ("make", "axis", "traversal"),
     [
         (lambda dtype: np.ones((300, 400), dtype), 1, "rows"),
-        (lambda dtype: np.ones((300, 400), dtype), None, "rows"),
+        (lambda dtype: np.ones((30, 400), dtype), None, "rows"),
         (lambda dtype: np.ones((300, 400), dtype), 0, "strips"),
         (lambda dtype: np.ones((20, 300, 40), dtype), 1, "strips"),
         (lambda dtype: np.ones((300, 400), dtype)[:, ::2], 1, "gather"),

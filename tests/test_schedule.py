@@ -84,7 +84,8 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
     return Layout((Dimension(n_rows, 2 * step, step),), (Dimension(n_cols, 2 * itemsize, itemsize),), itemsize)
 
 
-# With caches of 1 and 32 MiB, up to 8 threads, float32 if no itemsize is given. In this order: small calls; large ones;
+# With caches of 1 and 32 MiB, up to 8 threads, float32 if no itemsize is given. In this order: small calls; large ones,
+# rows being split where there are few;
 # those that leave the cache, their scratch at its limit of 2 MiB and beyond it; calls in place; strips, which hold up
 # to 512 bytes of each row.
 @pytest.mark.parametrize(
@@ -97,27 +98,30 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(15, 48), False, Schedule("rows", "output")),
         ("softmax", contiguous_rows(16, 49), False, Schedule("rows", "output")),
         ("softmax", contiguous_rows(1_000_000, 10), True, Schedule("tiles", "scratch", False, 8, 32)),
-        ("softmax", adjacent_rows(20, 300, 40), False, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(20, 80, 40), False, Schedule("strips", "scratch")),
         ("softmax", stepped_rows(64, 1000), False, Schedule("gather", "recompute")),
-        ("softmax", contiguous_rows(2, 131_071), False, Schedule("rows", "output")),
-        ("softmax", contiguous_rows(2, 131_072), False, Schedule("rows", "output", n_threads=2, n_blocks=2)),
+        ("softmax", contiguous_rows(65, 1008), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(64, 1024), False, Schedule("rows", "output", n_threads=2, n_blocks=8)),
+        ("softmax", contiguous_rows(7, 16_384), False, Schedule("rows", "output", n_threads=3, n_blocks=7)),
+        ("softmax", contiguous_rows(11, 49_153), False, Schedule("rows", "output", n_threads=8, n_blocks=11)),
+        ("softmax", contiguous_rows(2, 32_769), False, Schedule("split", "output", n_threads=2, n_blocks=5)),
         ("softmax", contiguous_rows(1024, 1024), False, Schedule("rows", "output", n_threads=8, n_blocks=32)),
-        ("softmax", contiguous_rows(1024, 384), False, Schedule("rows", "output", n_threads=3, n_blocks=12)),
-        ("softmax", contiguous_rows(1, 1 << 20), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(256, 384), False, Schedule("rows", "output", n_threads=3, n_blocks=12)),
+        ("softmax", contiguous_rows(1, 1 << 20), False, Schedule("split", "output", False, 8, 32)),
         ("softmax", contiguous_rows(4096, 1024), False, Schedule("rows", "output", False, 8, 32)),
         ("softmax", contiguous_rows(4097, 1024), False, Schedule("rows", "scratch", True, 8, 32)),
         ("softmax", contiguous_rows(2049, 1024, 8), False, Schedule("rows", "scratch", True, 8, 32)),
         ("log_softmax", contiguous_rows(4097, 1024), False, Schedule("rows", "none", True, 8, 32)),
         ("logsumexp", contiguous_rows(4097, 1024), False, Schedule("rows", "none", False, 8, 32)),
-        ("softmax", contiguous_rows(16, 1 << 19), False, Schedule("rows", "scratch", True, 8, 16)),
-        ("softmax", contiguous_rows(16, 1 + (1 << 19)), False, Schedule("rows", "recompute", True, 8, 16)),
+        ("softmax", contiguous_rows(16, 1 << 19), False, Schedule("split", "scratch", True, 8, 32)),
+        ("softmax", contiguous_rows(16, 1 + (1 << 19)), False, Schedule("split", "recompute", True, 8, 32)),
         ("softmax", contiguous_rows(1 << 20, 1024), False, Schedule("rows", "scratch", True, 8, 64)),
         ("softmax", stepped_rows(4097, 1024), False, Schedule("gather", "recompute", False, 8, 32)),
         ("log_softmax", stepped_rows(4097, 1024), False, Schedule("gather", "none", False, 8, 32)),
         ("softmax", contiguous_rows(64, 1000), True, Schedule("rows", "scratch")),
-        ("softmax", contiguous_rows(1, 1 << 20), True, Schedule("rows", "recompute")),
+        ("softmax", contiguous_rows(1, 1 << 20), True, Schedule("split", "recompute", False, 8, 32)),
         ("log_softmax", contiguous_rows(64, 1000), True, Schedule("rows", "none")),
-        ("softmax", adjacent_rows(20, 300, 40), True, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(20, 80, 40), True, Schedule("strips", "scratch")),
         ("softmax", adjacent_rows(1, 4096, 128), True, Schedule("strips", "scratch")),
         ("softmax", adjacent_rows(1, 8192, 40), True, Schedule("strips", "scratch")),
         ("softmax", adjacent_rows(1, 8193, 40), True, Schedule("strips", "recompute")),
@@ -235,3 +239,31 @@ def test_a_tile_gives_each_row_the_bits_it_has_alone(backend, function, dtype, n
     if function != "logsumexp":
         compute(x, axis=1, out=x)
         np.testing.assert_array_equal(x, alone)
+
+
+@pytest.mark.parametrize("backend", TIERS, indirect=True)
+@pytest.mark.parametrize("kind", ["normal", "wide", "ascending", "offset", "masked by -inf", "one nan"])
+@pytest.mark.parametrize(
+    ("last_level", "waiting", "waiting_in_place"), [(1 << 30, "output", "scratch"), (1 << 16, "recompute", "recompute")]
+)
+def test_a_row_shared_by_threads_has_the_bits_of_one(
+    backend, monkeypatch, function, dtype, last_level, waiting, waiting_in_place, kind
+):
+    for shape in ((1, 100_001), (3, 66_000)):
+        x = inputs.values(kind, shape, dtype)
+        out = np.empty(shape[0] if function == "logsumexp" else shape, dtype)
+        results = []
+        for n_threads in (1, 2, 3):
+            monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", str(n_threads))
+            with caches_of(1 << 14, last_level):
+                result, schedule = run(function, x, 1, out)
+                results.append(result)
+                assert schedule.traversal == ("rows" if n_threads == 1 else "split")
+                assert schedule.exponentials == (waiting if function == "softmax" else "none")
+                if function != "logsumexp":
+                    in_place = x.copy()
+                    result, schedule = run(function, in_place, 1, in_place)
+                    assert schedule.exponentials == (waiting_in_place if function == "softmax" else "none")
+                    np.testing.assert_array_equal(result, results[0])
+        np.testing.assert_array_equal(results[1], results[0])
+        np.testing.assert_array_equal(results[2], results[0])

@@ -47,8 +47,8 @@ from fastsoftmax._schedule import (
 )
 from fastsoftmax._state import FLOAT32, FLOAT32_WIDE, FLOAT64, Precision
 
-# Each thread gets at least this many elements: handing a block to a thread of Python's pool costs 20-50 us, in which one
-# core finishes about 200,000 float32 elements.
+# Each thread gets at least this many elements: handing a block to a thread of Python's pool costs 20-50 us, in which
+# one core finishes about 200,000 float32 elements.
 MIN_ELEMENTS_PER_THREAD = 131_072
 
 # Elements of a row to a chunk, 16 or 32 KiB: the second reading is from the level-1 cache.
