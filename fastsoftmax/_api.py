@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastsoftmax import _dispatch
-from fastsoftmax._dispatch import Factors, Function, execute, select
+from fastsoftmax._dispatch import BackendModule, Factors, Function, execute, select
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 from fastsoftmax._outputs import empty_like
 
@@ -219,6 +219,8 @@ def logsumexp(
         terms, factors = _broadcast(readable(terms, working), readable(factors, working))
     axes = normalize_axes(axis, terms.ndim)
     module = select(working, terms.size, backend)
+    if factors is None:
+        working = _read_as(module, terms, working)
     shape = _reduced_shape(terms.shape, axes, keepdims)
     log_dtype = np.empty(0, dtype).real.dtype if return_sign else dtype
     if out is not None:
@@ -250,6 +252,7 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
     axes = normalize_axes(axis, logits.ndim)
     working, result = _dtypes(logits.dtype, function)
     module = select(working, logits.size, backend)
+    working = _read_as(module, logits, working)
     if out is not None:
         _check_out(out, logits.shape, result)
     data = readable(logits, working)
@@ -322,6 +325,11 @@ def _dtypes(dtype: np.dtype[Any], function: Function) -> tuple[np.dtype[Any], np
         return _FLOAT64, _FLOAT64 if function == "logsumexp" else narrow.get(dtype.itemsize, _FLOAT64)
     native = dtype.newbyteorder("=") if not dtype.isnative else dtype
     return (_FLOAT32, native) if dtype.itemsize == 2 else (native, native)
+
+
+def _read_as(module: BackendModule, x: Array, working: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that a backend reads ``x`` in: its own, or the one that is computed in."""
+    return x.dtype.newbyteorder("=") if x.dtype.name in module.READS else working
 
 
 def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

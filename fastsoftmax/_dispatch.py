@@ -52,7 +52,13 @@ class Factors(NamedTuple):
 
 
 class BackendModule(Protocol):
-    """What a module in `fastsoftmax.backends` offers."""
+    """What a module in `fastsoftmax.backends` offers.
+
+    ``READS`` names the 16-bit dtypes that it reads and writes as they are, and computes in float32; others are
+    converted for it.
+    """
+
+    READS: frozenset[str]
 
     def plan(self, function: Function, layout: Layout, in_place: bool) -> Plan: ...
 

@@ -207,7 +207,7 @@ cdef inline int run_remembered(const Remembered* schedule, cnp.ndarray source, c
     cdef Py_ssize_t itemsize = 4 if shape.type_number == cnp.NPY_FLOAT32 else 8
     cdef bint reduces = shape.function == LOGSUMEXP
     job.function, job.traversal, job.exponentials = shape.function, schedule.traversal, schedule.exponentials
-    job.streaming, job.kept.count, job.row.count = schedule.streaming, 0, 0
+    job.streaming, job.storage, job.kept.count, job.row.count = schedule.streaming, AS_COMPUTED, 0, 0
     if shape.outer > 1:
         add_dimension(
             &job.kept, shape.outer, shape.n * shape.inner * itemsize,

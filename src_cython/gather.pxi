@@ -1,7 +1,7 @@
 """Rows whose elements are not adjacent: collected a chunk at a time into a scratch that fits the L1 cache.
 
 A row of any stride, or over several axes that memory does not let be one, is read through the same kernels as a
-contiguous row and gives the same bits.
+contiguous row and gives the same bits. So is a row of float16 or bfloat16, which becomes float32 on the way.
 """
 
 
@@ -27,92 +27,133 @@ cdef inline void locate(
         y_offset[0] += index * dimensions.y_stride[0]
 
 
-cdef inline void copy_elements(
-    const char* source, Py_ssize_t source_stride, char* target, Py_ssize_t target_stride, Py_ssize_t n, const vec* like
+cdef inline void read_elements(
+    const char* source, Py_ssize_t stride, vec* target, Py_ssize_t n, Storage storage
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    if source_stride == target_stride == itemsize(like):
-        memcpy(target, source, n * itemsize(like))
-    elif vec is f32v:
+    """Copy elements to contiguous memory, in the type that is computed in."""
+    cdef Py_ssize_t i, width = lanes(<const vec*>target), size = stored_size(storage, <const vec*>target)
+    cdef vec zero = splat(0.0, <const vec*>target)
+    if stride == size and storage == AS_COMPUTED:
+        memcpy(target, source, n * size)
+    elif stride == size:
+        for i in range(n // width):
+            store(target + i, load_stored(source + i * width * size, <int>width, zero, storage))
+        i = n // width * width
+        store_first(
+            <vec*>at(<const vec*>target, i), load_stored(source + i * size, <int>(n - i), zero, storage), <int>(n - i))
+    elif storage != AS_COMPUTED:
         for i in range(n):
-            (<float*>(target + i * target_stride))[0] = (<const float*>(source + i * source_stride))[0]
+            put(target, i, lane(load_stored(source + i * stride, 1, zero, storage), 0))
     else:
         for i in range(n):
-            (<double*>(target + i * target_stride))[0] = (<const double*>(source + i * source_stride))[0]
+            put(target, i, get(<const vec*>(source + i * stride), 0))
+
+
+cdef inline void write_elements_to(
+    const vec* source, char* target, Py_ssize_t stride, Py_ssize_t n, Storage storage
+) noexcept nogil:
+    """Copy contiguous elements to where they belong, in the type that they have there."""
+    cdef Py_ssize_t i, width = lanes(source), size = stored_size(storage, source)
+    if stride == size and storage == AS_COMPUTED:
+        memcpy(target, source, n * size)
+    elif stride == size:
+        for i in range(n // width):
+            store_stored(target + i * width * size, load(source + i), <int>width, storage)
+        i = n // width * width
+        store_stored(
+            target + i * size, load_first(at(source, i), <int>(n - i), splat(0.0, source)), <int>(n - i), storage)
+    elif storage != AS_COMPUTED:
+        for i in range(n):
+            store_stored(target + i * stride, splat(get(source, i), source), 1, storage)
+    else:
+        for i in range(n):
+            put(<vec*>(target + i * stride), 0, get(source, i))
 
 
 cdef void gather(
-    const vec* x, const Dimensions* row, Py_ssize_t first, Py_ssize_t n, vec* target
+    const void* x, const Dimensions* row, Py_ssize_t first, Py_ssize_t n, vec* target, Storage storage
 ) noexcept nogil:
     """Copy n elements of a row, from `first` on, to contiguous memory."""
     cdef Py_ssize_t x_offset, y_offset, run, inner = row.size[row.count - 1], done = 0
     while done < n:
         locate(row, first + done, &x_offset, &y_offset)
         run = min(inner - (first + done) % inner, n - done)
-        copy_elements(
-            <const char*>x + x_offset, row.x_stride[row.count - 1], <char*>target + done * itemsize(x), itemsize(x),
-            run, x)
+        read_elements(
+            <const char*>x + x_offset, row.x_stride[row.count - 1], <vec*>at(<const vec*>target, done), run, storage)
         done += run
 
 
 cdef void scatter(
-    const vec* source, vec* y, const Dimensions* row, Py_ssize_t first, Py_ssize_t n
+    const vec* source, void* y, const Dimensions* row, Py_ssize_t first, Py_ssize_t n, Storage storage
 ) noexcept nogil:
     """Copy n contiguous elements to their places in a row of the output."""
     cdef Py_ssize_t x_offset, y_offset, run, inner = row.size[row.count - 1], done = 0
     while done < n:
         locate(row, first + done, &x_offset, &y_offset)
         run = min(inner - (first + done) % inner, n - done)
-        copy_elements(
-            <const char*>source + done * itemsize(source), itemsize(source), <char*>y + y_offset,
-            row.y_stride[row.count - 1], run, source)
+        write_elements_to(
+            at(source, done), <char*>y + y_offset, row.y_stride[row.count - 1], run, storage)
         done += run
 
 
-cdef State fold_gathered(const vec* x, const Dimensions* row, Py_ssize_t n, bint apart, vec* scratch) noexcept nogil:
+cdef State fold_gathered(
+    const void* x, const Dimensions* row, Py_ssize_t n, bint apart, vec* scratch, Storage storage
+) noexcept nogil:
     """The state of a row; the scratch is left with its last chunk."""
-    cdef Py_ssize_t length = chunk_length(x), first = 0, size
+    cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
     cdef State state, total = identity()
     cdef double row_offset = 0.0
     while first < n:
         size = min(length, n - first)
-        gather(x, row, first, size, scratch)
+        gather(x, row, first, size, scratch, storage)
         state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, row_offset)
         if first == 0:
             total, row_offset = state, state.offset
         else:
             total = merge(total, state, apart)
         first += size
-    return within_range(total, x)
+    return within_range(total, <const vec*>scratch)
 
 
-cdef void softmax_gathered(const vec* x, vec* y, const Dimensions* row, Py_ssize_t n, vec* scratch) noexcept nogil:
+cdef void softmax_gathered(
+    const void* x, void* y, const Dimensions* row, Py_ssize_t n, vec* scratch, Storage storage
+) noexcept nogil:
     """Softmax of one row; `scratch` has room for two chunks."""
-    cdef Py_ssize_t length = chunk_length(x), first = 0, size
-    cdef vec* result = <vec*>(<char*>scratch + length * itemsize(x))
-    cdef State total = fold_gathered(x, row, n, False, scratch)
+    cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
+    cdef vec* result = <vec*>at(<const vec*>scratch, length)
+    cdef const vec* terms = result if n <= length else NULL  # of a row in one chunk; longer ones are computed again
+    cdef State total
+    cdef Scale scale
+    if terms != NULL:
+        gather(x, row, 0, n, scratch, storage)
+        total = fold_chunk(<const vec*>scratch, result, n, True, False, 0.0)
+    else:
+        total = fold_gathered(x, row, n, False, scratch, storage)
     cdef bint regular = is_regular(total)
-    cdef Scale scale = scale_of(total, x)
+    if regular:
+        scale = scale_of(total, <const vec*>scratch)
     while first < n:
         size = min(length, n - first)
         if not regular:
             fill_nan(result, size)
         else:
-            if n > length:  # else the only chunk is still there
-                gather(x, row, first, size, scratch)
-            write_probabilities(<const vec*>scratch, <const vec*>NULL, result, size, total, total, scale, False)
-        scatter(<const vec*>result, y, row, first, size)
+            if terms == NULL:
+                gather(x, row, first, size, scratch, storage)
+            write_probabilities(<const vec*>scratch, terms, result, size, total, total, scale, False)
+        scatter(<const vec*>result, y, row, first, size, storage)
         first += size
 
 
-cdef void log_softmax_gathered(const vec* x, vec* y, const Dimensions* row, Py_ssize_t n, vec* scratch) noexcept nogil:
-    cdef Py_ssize_t length = chunk_length(x), first = 0, size
-    cdef State total = fold_gathered(x, row, n, True, scratch)
+cdef void log_softmax_gathered(
+    const void* x, void* y, const Dimensions* row, Py_ssize_t n, vec* scratch, Storage storage
+) noexcept nogil:
+    cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
+    cdef State total = fold_gathered(x, row, n, True, scratch, storage)
     while first < n:
         size = min(length, n - first)
         if n > length:
-            gather(x, row, first, size, scratch)
+            gather(x, row, first, size, scratch, storage)
         write_chunk(
-            SUBTRACT, <const vec*>scratch, scratch, size, <const vec*>NULL, scale_by(total.maximum, log_sum(total, x)), False)
-        scatter(<const vec*>scratch, y, row, first, size)
+            SUBTRACT, <const vec*>scratch, scratch, size, <const vec*>NULL, scale_by(total.maximum, log_sum(total, <const vec*>scratch)), False)
+        scatter(<const vec*>scratch, y, row, first, size, storage)
         first += size

@@ -9,7 +9,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, PyObject
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport INFINITY, copysign, exp, fabs, fma, frexp, ldexp, log, log1p, rint
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint16_t, uintptr_t
 from libc.stdlib cimport free, getenv, malloc
 from libc.string cimport memcmp, memcpy, memset, strncmp, strncpy
 
@@ -56,6 +56,7 @@ cdef struct Job:
     Traversal traversal
     Exponentials exponentials
     bint streaming
+    Storage storage
     Dimensions kept
     Dimensions row
 
@@ -115,27 +116,27 @@ cdef struct Call:
 
 
 def run(
-    int function, int traversal, int exponentials, bint streaming, tuple kept, tuple reduced, cnp.ndarray x,
-    cnp.ndarray out, Py_ssize_t n_blocks, int n_threads
+    int function, int traversal, int exponentials, bint streaming, int storage, tuple kept, tuple reduced,
+    cnp.ndarray x, cnp.ndarray out, Py_ssize_t n_blocks, int n_threads
 ):
     """Run a call.
 
     Parameters
     ----------
-    function, traversal, exponentials : int
+    function, traversal, exponentials, storage : int
         The values of the enumerations above, in the order of their names in the Python module.
     streaming : bool
         Write past the caches.
     kept, reduced : tuple of Dimension
         The layout.
     x, out : ndarray
-        Aligned and native, both float32 or both float64.
+        Aligned and native, both float32 or both float64; with another storage, both of 16 bits.
     n_blocks, n_threads : int
         Into how many equal parts it is cut, and how many threads share them.
     """
     cdef Job job
     job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
-    job.streaming = streaming
+    job.streaming, job.storage = streaming, <Storage>storage
     job.kept, job.row = dimensions(kept), dimensions(reduced)
     run_job(&job, x, out, n_blocks, n_threads, True)
 
@@ -148,7 +149,7 @@ cdef int run_job(
     if job.traversal == SPLIT:
         return run_split(job, x, out, n_blocks, n_threads)
     call.job, call.x, call.y = job, cnp.PyArray_DATA(x), cnp.PyArray_DATA(out)
-    call.is_single, call.n_blocks = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, n_blocks
+    call.is_single, call.n_blocks = cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64, n_blocks
     call.lacks_memory = False
     if releases:
         run_in_parts(run_block_of_call, &call, &call.first, n_blocks, n_threads)
@@ -244,18 +245,21 @@ cdef inline void run_row(
     cdef State total
     locate(&job.kept, row, &x_offset, &y_offset)
     x, y = <const vec*>(<const char*>x + x_offset), <vec*>(<char*>y + y_offset)
-    if job.function == LOGSUMEXP:
-        total = fold_gathered(x, &job.row, n, True, scratch) if job.traversal == GATHER else fold_row(x, n)
-        put(y, 0, total.maximum + log_sum(total, x))
-    elif job.function == SOFTMAX:
-        if job.traversal == GATHER:
-            softmax_gathered(x, y, &job.row, n, scratch)
-        else:
+    if job.traversal != GATHER:
+        if job.function == LOGSUMEXP:
+            total = fold_row(x, n)
+            put(y, 0, total.maximum + log_sum(total, x))
+        elif job.function == SOFTMAX:
             softmax_row(x, y, n, job.exponentials, scratch, states, job.streaming)
-    elif job.traversal == GATHER:
-        log_softmax_gathered(x, y, &job.row, n, scratch)
+        else:
+            log_softmax_row(x, y, n, job.streaming)
+    elif job.function == LOGSUMEXP:
+        total = fold_gathered(x, &job.row, n, True, scratch, job.storage)
+        store_stored(y, splat(total.maximum + log_sum(total, x), y), 1, job.storage)
+    elif job.function == SOFTMAX:
+        softmax_gathered(x, y, &job.row, n, scratch, job.storage)
     else:
-        log_softmax_row(x, y, n, job.streaming)
+        log_softmax_gathered(x, y, &job.row, n, scratch, job.storage)
 
 
 def run_weighted(

@@ -51,6 +51,14 @@ cdef extern from "simd.h" nogil:
     void f64v_transpose(f64v* rows)
     float f32v_lane(f32v v, int lane)
     double f64v_lane(f64v v, int lane)
+    ctypedef unsigned short u16v
+    u16v u16v_load_first(const uint16_t* p, int count)
+    void u16v_store_first(uint16_t* p, u16v v, int count)
+    f32v filled_up(f32v v, int count, f32v fill)
+    f32v f32v_from_float16(u16v v)
+    u16v f32v_to_float16(f32v v)
+    f32v f32v_from_bfloat16(u16v v)
+    u16v f32v_to_bfloat16(f32v v)
     double exact_power_of_two(double k)
     void prefetch "__builtin_prefetch"(const void* p)
     void stream_fence()
@@ -254,3 +262,35 @@ cdef inline double get(const vec* registers, Py_ssize_t element) noexcept nogil:
         return (<const float*>registers)[element]
     else:
         return (<const double*>registers)[element]
+
+
+cdef enum Storage:  # how an element lies in memory
+    AS_COMPUTED
+    FLOAT16
+    BFLOAT16
+
+
+cdef inline int stored_size(Storage storage, const vec* like) noexcept nogil:
+    """Bytes of an element in memory."""
+    return itemsize(like) if storage == AS_COMPUTED else 2
+
+
+cdef inline vec load_stored(const void* p, int count, vec fill, Storage storage) noexcept nogil:
+    """The first `count` elements at `p`, `fill` in the lanes behind them."""
+    if vec is f32v:
+        if storage == FLOAT16:
+            return filled_up(f32v_from_float16(u16v_load_first(<const uint16_t*>p, count)), count, fill)
+        if storage == BFLOAT16:
+            return filled_up(f32v_from_bfloat16(u16v_load_first(<const uint16_t*>p, count)), count, fill)
+    return load_first(<const vec*>p, count, fill)
+
+
+cdef inline void store_stored(void* p, vec v, int count, Storage storage) noexcept nogil:
+    if vec is f32v:
+        if storage == FLOAT16:
+            u16v_store_first(<uint16_t*>p, f32v_to_float16(v), count)
+            return
+        if storage == BFLOAT16:
+            u16v_store_first(<uint16_t*>p, f32v_to_bfloat16(v), count)
+            return
+    store_first(<vec*>p, v, count)

@@ -324,6 +324,75 @@ static inline double double_from_bits(uint64_t bits)
 /* 2**k; 0 below the normal range. k is at most 1023. */
 static inline double exact_power_of_two(double k) { return k < -1022 ? 0 : double_from_bits((uint64_t)(k + 1023) << 52); }
 
+/* float16 and bfloat16 in memory, float32 in registers: the first `count` elements at p; `fill` in the lanes behind them.
+ * Results are rounded to nearest, ties to even.
+ */
+#define F32_LANES (REGISTER_BYTES / 4)
+typedef uint16_t u16v __attribute__((vector_size(REGISTER_BYTES / 2)));
+
+static inline u16v u16v_load_first(const uint16_t *p, int count)
+{
+    u16v v = {0};
+    if (count == F32_LANES)
+        memcpy(&v, p, sizeof v);
+    else
+        memcpy(&v, p, (size_t)count * 2);
+    return v;
+}
+
+static inline void u16v_store_first(uint16_t *p, u16v v, int count)
+{
+    if (count == F32_LANES)
+        memcpy(p, &v, sizeof v);
+    else
+        memcpy(p, &v, (size_t)count * 2);
+}
+
+static inline f32v filled_up(f32v v, int count, f32v fill)
+{
+    if (count < F32_LANES)
+        memcpy(&fill, &v, (size_t)count * 4);
+    return count < F32_LANES ? fill : v;
+}
+
+static inline f32v f32v_from_bfloat16(u16v v) { return (f32v)(__builtin_convertvector(v, u32v) << 16); }
+
+static inline u16v f32v_to_bfloat16(f32v v)
+{
+    u32v bits = (u32v)v, is_nan = (u32v)(v != v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector((is_nan & (bits >> 16 | 0x40)) | (~is_nan & rounded), u16v);
+}
+
+#if REGISTER_BYTES == 64
+static inline f32v f32v_from_float16(u16v v) { return (f32v)_mm512_cvtph_ps((__m256i)v); }
+static inline u16v f32v_to_float16(f32v v) { return (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif REGISTER_BYTES == 32 && defined(__F16C__)
+static inline f32v f32v_from_float16(u16v v) { return (f32v)_mm256_cvtph_ps((__m128i)v); }
+static inline u16v f32v_to_float16(f32v v) { return (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+/* The exponent of a float16 is 112 less than that of a float32 in the same place of the bits: a product by 2**112 mends
+ * it, of subnormal numbers too. */
+static inline f32v f32v_from_float16(u16v v)
+{
+    u32v bits = __builtin_convertvector(v, u32v), size = (bits & 0x7fff) << 13, is_special = (u32v)(size >= 0x0f800000);
+    return (f32v)((bits & 0x8000) << 16 | (u32v)((f32v)size * 0x1p112f) | (is_special & 0x7f800000));
+}
+/* Adding and subtracting 2**13 times the power of two of the number, or of the smallest normal one, leaves its first
+ * eleven digits. */
+static inline u16v f32v_to_float16(f32v v)
+{
+    u32v sign = (u32v)v >> 16 & 0x8000, power, is_nan = (u32v)(v != v), is_large, is_normal;
+    f32v size = (f32v)((u32v)v & 0x7fffffff), rounder;
+    is_large = (u32v)(size >= 65520.0f);
+    power = (u32v)size & 0x7f800000;
+    is_normal = (u32v)(power > 0x38800000);
+    rounder = (f32v)(((is_normal & power) | (~is_normal & 0x38800000)) + (13u << 23));
+    size = ((size + rounder) - rounder) * 0x1p-112f;
+    return __builtin_convertvector(
+        sign | (is_nan & 0x7e00) | (~is_nan & ((is_large & 0x7c00) | (~is_large & ((u32v)size >> 13)))), u16v);
+}
+#endif
+
 /* Make non-temporal stores visible to other threads in order. */
 static inline void stream_fence(void)
 {

@@ -20,25 +20,38 @@ cdef inline Py_ssize_t tile_registers(Py_ssize_t n, const vec* like) noexcept no
     return min(n, chunk_length(like)) + 1
 
 
-cdef void copy_strip(
-    const vec* x, Py_ssize_t x_stride, int n_columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size
+cdef inline void copy_strip(
+    const void* x, Py_ssize_t x_stride, int n_columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size, Storage storage
 ) noexcept nogil:
-    cdef int n_tiles = (n_columns + lanes(x) - 1) // lanes(x), t
-    cdef Py_ssize_t element
-    cdef const vec* row
+    if storage == AS_COMPUTED:
+        copy_stored_strip(x, x_stride, n_columns, n, tiles, tile_size, AS_COMPUTED)
+    elif storage == FLOAT16:
+        copy_stored_strip(x, x_stride, n_columns, n, tiles, tile_size, FLOAT16)
+    else:
+        copy_stored_strip(x, x_stride, n_columns, n, tiles, tile_size, BFLOAT16)
+
+
+cdef inline void copy_stored_strip(
+    const void* x, Py_ssize_t x_stride, int n_columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size, Storage storage
+) noexcept nogil:
+    cdef int n_tiles = (n_columns + lanes(<const vec*>tiles) - 1) // lanes(<const vec*>tiles), t
+    cdef Py_ssize_t element, register_size = lanes(<const vec*>tiles) * stored_size(storage, <const vec*>tiles)
+    cdef const char* place
     for element in range(n):
-        row = below(x, element, x_stride)
         for t in range(n_tiles):
-            prefetch(below(row + t, PREFETCH_ROWS, x_stride))
-            tiles[t * tile_size + element] = load_first(row + t, rows_in_tile(n_columns, t, x), splat(-INFINITY, x))
+            place = <const char*>x + element * x_stride + t * register_size
+            prefetch(place + PREFETCH_ROWS * x_stride)
+            tiles[t * tile_size + element] = load_stored(
+                place, rows_in_tile(n_columns, t, <const vec*>tiles), splat(-INFINITY, <const vec*>tiles), storage)
 
 
 cdef void run_long_strip(
-    const vec* x, Py_ssize_t x_stride, vec* y, Py_ssize_t y_stride, int n_columns, Py_ssize_t n, const Job* job,
-    vec* tiles
+    const void* x, Py_ssize_t x_stride, void* y, Py_ssize_t y_stride, int n_columns, Py_ssize_t n, const Job* job,
+    vec* tiles, vec* log_sums
 ) noexcept nogil:
     """Run columns of more than one chunk: each chunk is copied once for the states and once to be written."""
-    cdef Py_ssize_t length = chunk_length(x), tile_size = tile_registers(n, x), first = 0, size
+    cdef const vec* like = tiles
+    cdef Py_ssize_t length = chunk_length(like), tile_size = tile_registers(n, like), first = 0, size
     cdef State[MAX_COLUMNS] totals
     cdef State state
     cdef vec[REFERENCE * MAX_TILES] references
@@ -46,22 +59,23 @@ cdef void run_long_strip(
     cdef vec[MAX_TILES] row_offsets
     cdef vec largest, high, low
     cdef bint apart = job.function != SOFTMAX
-    cdef int n_tiles = (n_columns + lanes(x) - 1) // lanes(x), t, column, row
+    cdef int n_tiles = (n_columns + lanes(like) - 1) // lanes(like), t, column, row
     for t in range(n_tiles):
-        row_offsets[t] = splat(0.0, x)
+        row_offsets[t] = splat(0.0, like)
         for row in range(REFERENCE):
-            references[t * REFERENCE + row] = splat(0.0, x)
+            references[t * REFERENCE + row] = splat(0.0, like)
         for row in range(FINISHERS):
-            finishers[t * FINISHERS + row] = splat(0.0, x)
+            finishers[t * FINISHERS + row] = splat(0.0, like)
     while first < n:
         size = min(length, n - first)
-        copy_strip(below(x, first, x_stride), x_stride, n_columns, size, tiles, tile_size)
+        copy_strip(
+            <const char*>x + first * x_stride, x_stride, n_columns, size, tiles, tile_size, job.storage)
         for t in range(n_tiles):
             fold_tile(
-                tiles + t * tile_size, rows_in_tile(n_columns, t, x), size, apart, row_offsets[t],
+                tiles + t * tile_size, rows_in_tile(n_columns, t, like), size, apart, row_offsets[t],
                 references + t * REFERENCE, &largest, &high, &low)
-            for row in range(rows_in_tile(n_columns, t, x)):
-                column = t * lanes(x) + row
+            for row in range(rows_in_tile(n_columns, t, like)):
+                column = t * lanes(like) + row
                 state = state_in_lane(row, references + t * REFERENCE, largest, high, low)
                 if first == 0:
                     totals[column] = state
@@ -70,19 +84,20 @@ cdef void run_long_strip(
                     totals[column] = merge(totals[column], state, apart)
         first += size
     for column in range(n_columns):
-        put_finish(within_range(totals[column], x), job.function, column, references, finishers, y)
+        put_finish(within_range(totals[column], like), job.function, column, references, finishers, log_sums)
     first = 0
     while first < n and job.function != LOGSUMEXP:
         size = min(length, n - first)
-        copy_strip(below(x, first, x_stride), x_stride, n_columns, size, tiles, tile_size)
+        copy_strip(
+            <const char*>x + first * x_stride, x_stride, n_columns, size, tiles, tile_size, job.storage)
         if job.function == SOFTMAX:
             write_tiles(
                 EXP_SCALE, <const vec*>tiles, tile_size, n_columns, size, references, <const vec*>finishers,
-                <vec*>below(<const vec*>y, first, y_stride), y_stride, job.streaming)
+                <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         else:
             finish_tiles(
                 <const vec*>tiles, tile_size, n_columns, size, LOG_SOFTMAX, <const vec*>finishers,
-                <vec*>below(<const vec*>y, first, y_stride), y_stride, job.streaming)
+                <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         first += size
 
 
@@ -120,22 +135,31 @@ cdef inline void put_finish(
 
 
 cdef void run_strip(
-    const vec* x, vec* y, const Job* job, Py_ssize_t outer, Py_ssize_t index, vec* tiles
+    const void* x, void* y, const Job* job, Py_ssize_t outer, Py_ssize_t index, vec* tiles
 ) noexcept nogil:
     """Run one strip; `tiles` has room for a chunk of its columns."""
-    cdef Py_ssize_t x_offset, y_offset, first = index * strip_columns(x), n = job.row.size[0]
-    cdef Py_ssize_t tile_size = tile_registers(n, x)
+    cdef const vec* like = tiles
+    cdef Py_ssize_t x_offset, y_offset, first = index * strip_columns(like), n = job.row.size[0]
+    cdef Py_ssize_t tile_size = tile_registers(n, like), size = stored_size(job.storage, like)
     cdef vec[FINISHERS * MAX_TILES] finishers
-    cdef int inner = job.kept.count, n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(x)), t
+    cdef vec[MAX_TILES] log_sums
+    cdef int inner = job.kept.count, n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(like))
+    cdef int n_tiles = (n_columns + lanes(like) - 1) // lanes(like), t
     locate(&job.kept, outer, &x_offset, &y_offset)
-    x = <const vec*>(<const char*>x + x_offset + first * itemsize(x))
-    y = <vec*>(<char*>y + y_offset + first * job.kept.y_stride[inner])
-    if n > chunk_length(x):
-        run_long_strip(x, job.row.x_stride[0], y, job.row.y_stride[0], n_columns, n, job, tiles)
-        return
-    copy_strip(x, job.row.x_stride[0], n_columns, n, tiles, tile_size)
-    for t in range((n_columns + lanes(x) - 1) // lanes(x)):
-        reduce_tile(
-            tiles + t * tile_size, rows_in_tile(n_columns, t, x), n, job.function, finishers + t * FINISHERS, y + t)
-    finish_tiles(
-        <const vec*>tiles, tile_size, n_columns, n, job.function, <const vec*>finishers, y, job.row.y_stride[0], job.streaming)
+    x = <const char*>x + x_offset + first * size
+    y = <char*>y + y_offset + first * job.kept.y_stride[inner]
+    if n > chunk_length(like):
+        run_long_strip(x, job.row.x_stride[0], y, job.row.y_stride[0], n_columns, n, job, tiles, log_sums)
+    else:
+        copy_strip(x, job.row.x_stride[0], n_columns, n, tiles, tile_size, job.storage)
+        for t in range(n_tiles):
+            reduce_tile(
+                tiles + t * tile_size, rows_in_tile(n_columns, t, like), n, job.function, finishers + t * FINISHERS,
+                log_sums + t)
+        finish_tiles(
+            <const vec*>tiles, tile_size, n_columns, n, job.function, <const vec*>finishers, y, job.row.y_stride[0],
+            job.streaming, job.storage)
+    if job.function == LOGSUMEXP:
+        for t in range(n_tiles):
+            store_stored(
+                <char*>y + t * lanes(like) * size, log_sums[t], rows_in_tile(n_columns, t, like), job.storage)

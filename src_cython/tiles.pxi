@@ -107,23 +107,23 @@ cdef inline int rows_in_tile(int n_rows, int tile, const vec* like) noexcept nog
 
 cdef inline void write_tiles(
     Finish kind, const vec* tiles, Py_ssize_t tile_size, int n_rows, Py_ssize_t n, const vec* references,
-    const vec* finishers, vec* y, Py_ssize_t y_stride, bint streaming
+    const vec* finishers, void* y, Py_ssize_t y_stride, bint streaming, Storage storage
 ) noexcept nogil:
     """Write tiles side by side: n elements of n_rows adjacent rows; each tile has its own reference and finishers."""
     cdef int n_tiles = (n_rows + lanes(tiles) - 1) // lanes(tiles), t, count
-    cdef Py_ssize_t element
+    cdef Py_ssize_t element, register_size = lanes(tiles) * stored_size(storage, tiles)
     cdef vec value
-    cdef vec* place
+    cdef char* place
     for element in range(n):
         for t in range(n_tiles):
             value = tiles[t * tile_size + element]
             finish(&value, 1, kind, references + t * REFERENCE, finishers + t * FINISHERS, True)
-            place = <vec*>below(<const vec*>(y + t), element, y_stride)
+            place = <char*>y + element * y_stride + t * register_size
             count = rows_in_tile(n_rows, t, tiles)
             if streaming and count == lanes(tiles) and <uintptr_t>place % REGISTER_BYTES == 0:
-                stream(place, value)
+                stream(<vec*>place, value)
             else:
-                store_first(place, value, count)
+                store_stored(place, value, count, storage)
 
 
 cdef void reduce_tile(
@@ -148,14 +148,14 @@ cdef void reduce_tile(
 
 
 cdef inline void finish_tiles(
-    const vec* tiles, Py_ssize_t tile_size, int n_rows, Py_ssize_t n, Function function, const vec* finishers, vec* y,
-    Py_ssize_t y_stride, bint streaming
+    const vec* tiles, Py_ssize_t tile_size, int n_rows, Py_ssize_t n, Function function, const vec* finishers, void* y,
+    Py_ssize_t y_stride, bint streaming, Storage storage
 ) noexcept nogil:
     """Write what `reduce_tile` has prepared."""
     if function == SOFTMAX:
-        write_tiles(SCALE, tiles, tile_size, n_rows, n, <const vec*>NULL, finishers, y, y_stride, streaming)
+        write_tiles(SCALE, tiles, tile_size, n_rows, n, <const vec*>NULL, finishers, y, y_stride, streaming, storage)
     elif function == LOG_SOFTMAX:
-        write_tiles(SUBTRACT, tiles, tile_size, n_rows, n, <const vec*>NULL, finishers, y, y_stride, streaming)
+        write_tiles(SUBTRACT, tiles, tile_size, n_rows, n, <const vec*>NULL, finishers, y, y_stride, streaming, storage)
 
 
 cdef void run_turned(
@@ -167,7 +167,7 @@ cdef void run_turned(
     turn(below(x, first, x_stride), x_stride, n_rows, n, tile, REGISTER_BYTES)
     reduce_tile(tile, n_rows, n, job.function, finishers, tile)
     finish_tiles(
-        <const vec*>tile, n, lanes(x), n, job.function, <const vec*>finishers, tile, REGISTER_BYTES, False)
+        <const vec*>tile, n, lanes(x), n, job.function, <const vec*>finishers, tile, REGISTER_BYTES, False, AS_COMPUTED)
     turn(
         <const vec*>tile, REGISTER_BYTES, 1 if job.function == LOGSUMEXP else n, n_rows,
         <vec*>below(<const vec*>y, first, y_stride), y_stride)

@@ -249,8 +249,8 @@ cdef WeightedState fold_weighted(
     cdef WeightedState total = weighted_identity()
     while first < n:
         size = min(length, n - first)
-        gather(a, a_row, first, size, scratch)
-        gather(b, b_row, first, size, factors)
+        gather(a, a_row, first, size, scratch, AS_COMPUTED)
+        gather(b, b_row, first, size, factors, AS_COMPUTED)
         for i in range(size, (size + lanes(a) - 1) // lanes(a) * lanes(a)):
             put(scratch, i, 0.0)
             put(factors, i, 0.0)

@@ -99,7 +99,7 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(16, 49), False, Schedule("rows", "output")),
         ("softmax", contiguous_rows(1_000_000, 10), True, Schedule("tiles", "scratch", False, 8, 32)),
         ("softmax", adjacent_rows(20, 80, 40), False, Schedule("strips", "scratch")),
-        ("softmax", stepped_rows(64, 1000), False, Schedule("gather", "recompute")),
+        ("softmax", stepped_rows(64, 1000), False, Schedule("gather", "scratch")),
         ("softmax", contiguous_rows(65, 1008), False, Schedule("rows", "output")),
         ("softmax", contiguous_rows(64, 1024), False, Schedule("rows", "output", n_threads=2, n_blocks=8)),
         ("softmax", contiguous_rows(7, 16_384), False, Schedule("rows", "output", n_threads=3, n_blocks=7)),
@@ -116,7 +116,7 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(16, 1 << 19), False, Schedule("split", "scratch", True, 8, 32)),
         ("softmax", contiguous_rows(16, 1 + (1 << 19)), False, Schedule("split", "recompute", True, 8, 32)),
         ("softmax", contiguous_rows(1 << 20, 1024), False, Schedule("rows", "scratch", True, 8, 64)),
-        ("softmax", stepped_rows(4097, 1024), False, Schedule("gather", "recompute", False, 8, 32)),
+        ("softmax", stepped_rows(4097, 1024), False, Schedule("gather", "scratch", False, 8, 32)),
         ("log_softmax", stepped_rows(4097, 1024), False, Schedule("gather", "none", False, 8, 32)),
         ("softmax", contiguous_rows(64, 1000), True, Schedule("rows", "scratch")),
         ("softmax", contiguous_rows(1, 1 << 20), True, Schedule("split", "recompute", False, 8, 32)),
@@ -133,6 +133,12 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", adjacent_rows(1, 4096, 300), False, Schedule("strips", "scratch", False, 3, 3)),
         ("softmax", adjacent_rows(2, 2048, 300), False, Schedule("strips", "scratch", False, 6, 6)),
         ("logsumexp", adjacent_rows(1, 4096, 4096), False, Schedule("strips", "none", False, 8, 32)),
+        ("softmax", stepped_rows(64, 8193), False, Schedule("gather", "recompute", False, 8, 32)),
+        ("softmax", contiguous_rows(64, 1000, 2), False, Schedule("gather", "scratch")),
+        ("softmax", contiguous_rows(64, 9000, 2), True, Schedule("gather", "recompute", False, 8, 32)),
+        ("softmax", contiguous_rows(1_000_000, 10, 2), False, Schedule("gather", "scratch", False, 8, 32)),
+        ("softmax", adjacent_rows(1, 8192, 4096, 2), False, Schedule("strips", "scratch", False, 8, 32)),
+        ("softmax", adjacent_rows(1, 4096, 300, 2), False, Schedule("strips", "scratch", False, 3, 3)),
     ],
 )
 def test_compiled_schedules(monkeypatch, function, layout, in_place, schedule):
@@ -195,7 +201,8 @@ def placed(shape, dtype, offset):
         ((9001, 21), 0, "strips", True, "recompute"),
         ((8, 70), 0, "strips", False, "scratch"),
         ((20, 70), 0, "strips", False, "scratch"),
-        ((20, 30, 41), (0, 2), "gather", False, "recompute"),
+        ((20, 30, 41), (0, 2), "gather", False, "scratch"),
+        ((200, 3, 51), (0, 2), "gather", False, "recompute"),
     ],
 )
 def test_results_do_not_depend_on_the_schedule(

@@ -27,6 +27,10 @@ _FUNCTION_NAMES = {number: name for name, number in _FUNCTIONS.items()}
 _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3, "split": 4}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
+_STORAGES = {"float32": 0, "float64": 0, "float16": 1, "bfloat16": 2}
+
+READS = frozenset({"float16", "bfloat16"})
+
 # The terms of a row wait in a scratch of up to this share of the last cache level, which threads share. From a 32nd to
 # a quarter the times agree.
 _SCRATCH_SHARE = 16
@@ -143,11 +147,14 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
     caches = _schedule.cache_sizes()
     # Input and output together leave the last cache: what is written will not be read from there.
-    streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
+    streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level and layout.itemsize > 2
+    itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
     short = layout.n_cols <= _MAX_TILE_COLS and layout.n_rows >= _MIN_TILE_ROWS
     if function == "weighted_logsumexp":
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
+    elif layout.itemsize == 2 and layout.has_contiguous_rows:
+        traversal, n_units, unit_bytes = "gather", layout.n_rows, 0
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal, n_units, unit_bytes, streaming = "tiles", layout.n_rows, 0, False
     elif layout.has_contiguous_rows:
@@ -156,14 +163,14 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
         if n_threads > 1 and n_units < n_threads * _schedule.BLOCKS_PER_THREAD and n_chunks >= 2 * n_threads:
             traversal, n_units = "split", n_chunks
     elif layout.has_adjacent_rows:
-        n_strips = -(-layout.kept[-1].size * layout.itemsize // _kernels.strip_bytes)
+        n_strips = -(-layout.kept[-1].size * itemsize // _kernels.strip_bytes)
         traversal, n_units, unit_bytes = "strips", layout.n_rows // layout.kept[-1].size * n_strips, 0
     else:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
     exponentials: Exponentials = "none"
     if function == "softmax":
-        if traversal == "gather" or (traversal == "strips" and layout.n_cols * layout.itemsize > _kernels.chunk_bytes):
-            exponentials = "recompute"
+        if traversal in ("gather", "strips"):
+            exponentials = "scratch" if layout.n_cols * itemsize <= _kernels.chunk_bytes else "recompute"
         elif traversal in ("rows", "split") and not (streaming or in_place):
             exponentials = "output"
         else:
@@ -183,6 +190,7 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
             _TRAVERSALS[schedule.traversal],
             _EXPONENTIALS[schedule.exponentials],
             schedule.streaming,
+            _STORAGES[x.dtype.name],
             layout.kept,
             layout.reduced,
             x,

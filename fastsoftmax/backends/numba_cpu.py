@@ -112,6 +112,8 @@ _FLOAT64 = _Arithmetic(
     fine_grid=1.5 * 2.0**484,
 )
 
+READS: frozenset[str] = frozenset()
+
 _FUNCTIONS = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
 _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP = _FUNCTIONS.values()
 

@@ -18,6 +18,8 @@ from fastsoftmax._dispatch import Factors, Function, Plan
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
 
+READS: frozenset[str] = frozenset()
+
 _SCHEDULE = Schedule("array", "none")
 
 
