@@ -113,6 +113,26 @@ cdef inline void fold_batch(
     vec* high, vec* low
 ) noexcept nogil:
     """The sums of the rows, a row in each lane; with `keep`, their terms too."""
+    cdef vec enough, high_apart, low_apart
+    cdef int row
+    sum_batch(x, terms, n_rows, n, keep, False, references, largest, high, low)
+    if apart:
+        enough = without_top(largest, references, high, low)
+        enough = load_first(&enough, n_rows, splat(-INFINITY, references))
+        if any_greater(enough, high[0]):
+            sum_batch(x, terms, n_rows, n, False, True, references, largest, &high_apart, &low_apart)
+            low[0] = where_at_most(enough, high[0], low[0], low_apart)
+            high[0] = where_at_most(enough, high[0], high[0], high_apart)
+    if has_infinite_lane(largest):
+        for row in range(n_rows):
+            if fabs(get(&largest, row)) == INFINITY:
+                put_sum(high, low, row, infinite_state(get(&largest, row), has_nan(x[row], n), apart))
+
+
+cdef inline void sum_batch(
+    const vec** x, vec** terms, int n_rows, Py_ssize_t n, bint keep, bint apart, const vec* references, vec largest,
+    vec* high, vec* low
+) noexcept nogil:
     cdef vec[MAX_LANES] tops, highs, lows
     cdef vec[REFERENCE] reference
     cdef int row
@@ -126,10 +146,6 @@ cdef inline void fold_batch(
     if apart:
         transpose(tops)
     merge_lanes(tops, largest, apart, references, highs, lows)
-    if has_infinite_lane(largest):
-        for row in range(n_rows):
-            if fabs(get(&largest, row)) == INFINITY:
-                put_sum(highs, lows, row, infinite_state(get(&largest, row), has_nan(x[row], n), apart))
     high[0], low[0] = highs[0], lows[0]
 
 
@@ -145,7 +161,7 @@ cdef void run_rows(
     cdef int row
     find_batch_references(x, n_rows, n, references, &largest)
     fold_batch(
-        x, terms, n_rows, n, exponentials != RECOMPUTE, function != SOFTMAX, references, largest, &high, &low)
+        x, terms, n_rows, n, function == SOFTMAX and exponentials != RECOMPUTE, function != SOFTMAX, references, largest, &high, &low)
     if function == SOFTMAX:
         normalize_rows(largest, high, low, references, finishers)
     else:

@@ -37,6 +37,8 @@ cdef extern from "simd.h" nogil:
     const f64v f64v_powers, f64v_powers_error
     f32v f32v_pick(f32v table, f32v v)
     f64v f64v_pick(f64v table, f64v v)
+    bint f32v_any_greater(f32v a, f32v b)
+    bint f64v_any_greater(f64v a, f64v b)
     f32v f32v_raise(f32v v, f32v magic, int dropped)
     f64v f64v_raise(f64v v, f64v magic, int dropped)
     f32v f32v_significand(f32v v)
@@ -174,6 +176,14 @@ cdef inline vec fused(vec a, vec b, vec c) noexcept nogil:
         return f32v_fused(a, b, c)
     else:
         return f64v_fused(a, b, c)
+
+
+cdef inline bint any_greater(vec a, vec b) noexcept nogil:
+    """Whether a > b in any lane."""
+    if vec is f32v:
+        return f32v_any_greater(a, b)
+    else:
+        return f64v_any_greater(a, b)
 
 
 cdef inline int powers(const vec* like) noexcept nogil:

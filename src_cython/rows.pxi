@@ -88,7 +88,7 @@ cdef inline void fold_registers(
     Sums begin at `sum_base` and stay above every term, so that what an addition loses is known after two subtractions
     (Dekker). With the maxima apart they begin at 0, as what is left may be far smaller, and Knuth's five are needed.
     """
-    cdef vec[GROUP] folded, heads, tails
+    cdef vec[GROUP] folded, heads, factors, rests
     cdef vec total, seen, lost
     cdef int j
     for j in range(count):
@@ -96,13 +96,13 @@ cdef inline void fold_registers(
         if apart:
             folded[j] = minimum(tops[j * step], x[j])
             tops[j * step] = maximum(x[j], tops[j * step])
-    exp_parts(folded, heads, tails, count, reference, 0)
+    exp_parts(folded, heads, factors, rests, count, reference, 0)
     for j in range(count):
-        terms[j] = heads[j] + tails[j]
+        terms[j] = times_plus(factors[j], rests[j], heads[j])
     for j in range(count):
         total = highs[j * step] + terms[j]
         seen = total - highs[j * step]
-        lost = tails[j] + (heads[j] - seen)  # of the unrounded term
+        lost = times_plus(factors[j], rests[j], heads[j] - seen)  # of the unrounded term
         if apart:
             lost = lost + (highs[j * step] - (total - seen))
         lows[j * step] = lows[j * step] + lost
@@ -181,26 +181,52 @@ cdef inline void fold_specialized(
         fold_elements(x, terms, n, False, False, reference, top, high, low)
 
 
+cdef inline void sum_chunk(
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, vec largest, vec* high,
+    vec* low
+) noexcept nogil:
+    """The sum of a chunk, in every lane."""
+    cdef vec top, term, residual
+    cdef int distance = lanes(x) // 2
+    fold_specialized(x, terms, n, keep, apart, reference, &top, high, low)
+    if apart:  # the lanes' own maxima, all but the one that is the chunk's
+        scaled_exp(&top, &term, &residual, 1, reference, 0)
+        accumulate(
+            high, low, drop_first_equal(term, top, lane(largest, 0)),
+            drop_first_equal(residual, top, lane(largest, 0)))
+    while distance:
+        accumulate(high, low, swap(high[0], distance), swap(low[0], distance))
+        distance //= 2
+
+
+cdef inline vec without_top(vec largest, const vec* reference, vec* high, vec* low) noexcept nogil:
+    """Take the maximum's term out of a sum; give what the rest is above where it has digits enough for log1p.
+
+    Sums have 20 binary digits more than float32, 48 more than float64, below the term of the maximum.
+    """
+    cdef vec top, top_low, error
+    scaled_exp(&largest, &top, &top_low, 1, reference, 0)
+    high[0] = two_sum(high[0], splat(0.0, &top) - top, &error)
+    low[0] = (low[0] - top_low) + error
+    return top * splat(by_type(2.0**-6, 2.0**-25, &top), &top)
+
+
 cdef State fold_chunk(
     const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, double row_offset
 ) noexcept nogil:
     """The state of one chunk; with `keep`, its terms too, relative to the state's exponent."""
     cdef vec[REFERENCE] reference
-    cdef vec largest = largest_lane(lane_maxima(x, n)), top, high, low, term, residual
+    cdef vec largest = largest_lane(lane_maxima(x, n)), high, low, enough
     cdef State state
-    cdef int distance = lanes(x) // 2
     state.maximum = lane(largest, 0)
     if fabs(state.maximum) == INFINITY:
         return infinite_state(state.maximum, has_nan(x, n), apart)
     reference_at(largest, splat(row_offset, x), reference)
-    fold_specialized(x, terms, n, keep, apart, reference, &top, &high, &low)
-    if apart:  # the lanes' own maxima, all but the one that is the chunk's
-        scaled_exp(&top, &term, &residual, 1, reference, 0)
-        accumulate(
-            &high, &low, drop_first_equal(term, top, state.maximum), drop_first_equal(residual, top, state.maximum))
-    while distance:
-        accumulate(&high, &low, swap(high, distance), swap(low, distance))
-        distance //= 2
+    sum_chunk(x, terms, n, keep, False, reference, largest, &high, &low)
+    if apart:
+        enough = without_top(largest, reference, &high, &low)
+        if any_greater(enough, high):
+            sum_chunk(x, terms, n, False, True, reference, largest, &high, &low)
     state.offset = lane(reference[OFFSET], 0)
     state.exponent = lane(exponent_of(reference), 0)
     state.high = lane(high, 0)

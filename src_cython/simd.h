@@ -214,6 +214,8 @@ static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm512_max_ps((__
 static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b); }
 static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm512_min_pd((__m512d)a, (__m512d)b); }
+static inline int f32v_any_greater(f32v a, f32v b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0; }
+static inline int f64v_any_greater(f64v a, f64v b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0; }
 static inline void f32v_stream(f32v *p, f32v v) { _mm512_stream_ps((float *)p, (__m512)v); }
 static inline void f64v_stream(f64v *p, f64v v) { _mm512_stream_pd((double *)p, (__m512d)v); }
 
@@ -223,6 +225,14 @@ static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm256_max_ps((__
 static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm256_max_pd((__m256d)a, (__m256d)b); }
 static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
 static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm256_min_pd((__m256d)a, (__m256d)b); }
+static inline int f32v_any_greater(f32v a, f32v b)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+}
+static inline int f64v_any_greater(f64v a, f64v b)
+{
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
+}
 static inline void f32v_stream(f32v *p, f32v v) { _mm256_stream_ps((float *)p, (__m256)v); }
 static inline void f64v_stream(f64v *p, f64v v) { _mm256_stream_pd((double *)p, (__m256d)v); }
 
@@ -232,6 +242,8 @@ static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm_max_ps((__m12
 static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm_max_pd((__m128d)a, (__m128d)b); }
 static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm_min_ps((__m128)a, (__m128)b); }
 static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm_min_pd((__m128d)a, (__m128d)b); }
+static inline int f32v_any_greater(f32v a, f32v b) { return _mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)) != 0; }
+static inline int f64v_any_greater(f64v a, f64v b) { return _mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)) != 0; }
 static inline void f32v_stream(f32v *p, f32v v) { _mm_stream_ps((float *)p, (__m128)v); }
 static inline void f64v_stream(f64v *p, f64v v) { _mm_stream_pd((double *)p, (__m128d)v); }
 
@@ -241,7 +253,14 @@ static inline void f64v_stream(f64v *p, f64v v) { _mm_stream_pd((double *)p, (__
     static inline T T##_select(bits mask, T a, T b) { return (T)((mask & (bits)a) | (~mask & (bits)b)); }              \
     static inline T T##_maximum(T a, T b) { return T##_select((bits)(a > b), a, b); }                                  \
     static inline T T##_minimum(T a, T b) { return T##_select((bits)(a < b), a, b); }                                  \
-    static inline void T##_stream(T *p, T v) { *p = v; }
+    static inline void T##_stream(T *p, T v) { *p = v; }                                                               \
+    static inline int T##_any_greater(T a, T b)                                                                        \
+    {                                                                                                                  \
+        int any = 0;                                                                                                   \
+        for (int lane = 0; lane < (int)(sizeof(T) / sizeof(real)); lane++)                                             \
+            any |= a[lane] > b[lane];                                                                                  \
+        return any;                                                                                                    \
+    }
 
 DEFINE_COMPARISONS(f32v, u32v)
 DEFINE_COMPARISONS(f64v, u64v)

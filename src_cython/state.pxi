@@ -145,12 +145,14 @@ cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
 
 
 cdef inline void exp_parts(
-    const vec* x, vec* heads, vec* tails, int count, const vec* reference, int step
+    const vec* x, vec* heads, vec* factors, vec* rests, int count, const vec* reference, int step
 ) noexcept nogil:
-    """exp(x - offset) * 2**-exponent of a reference as head + tail, the tail below a tenth of the head.
+    """exp(x - offset) * 2**-exponent of a reference as head + factor * rest, where the product is below a tenth of it.
 
     x - offset = k * ln(2) / powers + r. With a table, the head is an element of it times a power of two; r is so small
-    that its own rounding and that of the tail do not matter. Without, the head is 1 + r, and they are kept.
+    that its own rounding and that of the rest do not matter. Without, the head is 1 + r, and they are kept.
+    What is added to the product must be so in one operation, `times_plus`: left to the compiler, it is rounded in
+    between in one place and not in another, and the same element has different bits there.
 
     With a `step` of 1 each register has a reference of its own, with 0 all have the same.
 
@@ -158,7 +160,7 @@ cdef inline void exp_parts(
     for each other, and a processor's scheduler holds too few of them to overlap enough chains by itself.
     """
     cdef vec[GROUP] z, magic, k, r, r_low, q
-    cdef vec one = splat(1.0, x), error, scale
+    cdef vec one = splat(1.0, x), error
     cdef int j
     for j in range(count):
         z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
@@ -174,16 +176,23 @@ cdef inline void exp_parts(
     if powers(x) > 1:
         for j in range(count):
             heads[j] = times_power(root_of_two(magic[j], &error), magic[j])
-            tails[j] = heads[j] * (r[j] * r[j] * q[j] + (r[j] + error))
+            factors[j], rests[j] = heads[j], r[j] * r[j] * q[j] + (r[j] + error)
         return
     for j in range(count):
         r_low[j] = (r_low[j] - r[j]) - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x), x)
     for j in range(count):
         heads[j] = one + r[j]
-        tails[j] = r[j] * r[j] * q[j] + ((r[j] - (heads[j] - one)) + r_low[j])
+        rests[j] = r[j] * r[j] * q[j] + ((r[j] - (heads[j] - one)) + r_low[j])
     for j in range(count):
-        scale = times_power(one, magic[j])
-        heads[j], tails[j] = heads[j] * scale, tails[j] * scale
+        factors[j] = times_power(one, magic[j])
+        heads[j] = heads[j] * factors[j]
+
+
+cdef inline vec times_plus(vec factor, vec rest, vec c) noexcept nogil:
+    """factor * rest + c, rounded once; without fused multiply-adds, for factors that are powers of two."""
+    if HAS_FMA:
+        return fused(factor, rest, c)
+    return factor * rest + c
 
 
 cdef inline void scaled_exp(
@@ -194,14 +203,14 @@ cdef inline void scaled_exp(
     `residuals`, where they are not NULL, are what rounding took from the terms: without them the error of a row's
     largest term, the larger half of an ULP, would be the error of the sum and so of every probability.
     """
-    cdef vec[GROUP] heads, tails
+    cdef vec[GROUP] heads, factors, rests
     cdef int j
-    exp_parts(x, heads, tails, count, reference, step)
+    exp_parts(x, heads, factors, rests, count, reference, step)
     for j in range(count):
-        terms[j] = heads[j] + tails[j]
+        terms[j] = times_plus(factors[j], rests[j], heads[j])
     if residuals != NULL:
-        for j in range(count):  # exact (Dekker)
-            residuals[j] = tails[j] - (terms[j] - heads[j])
+        for j in range(count):
+            residuals[j] = times_plus(factors[j], rests[j], heads[j] - terms[j])
 
 
 cdef inline vec two_sum(vec a, vec b, vec* error) noexcept nogil:

@@ -51,9 +51,9 @@ cdef bint row_of_tile_has_nan(const vec* tile, Py_ssize_t n, int row) noexcept n
 
 
 cdef inline void fold_tile_elements(
-    vec* tile, Py_ssize_t n, bint apart, const vec* reference, vec* tops, vec* highs, vec* lows
+    vec* tile, Py_ssize_t n, bint keep, bint apart, const vec* reference, vec* tops, vec* highs, vec* lows
 ) noexcept nogil:
-    """Fold the elements into their lanes' sums; without the maxima apart, terms take the place of the elements."""
+    """Fold the elements into their lanes' sums; with `keep`, terms take the place of the elements."""
     cdef vec[GROUP] terms
     cdef vec base = splat(0.0, reference) if apart else sum_base(reference)
     cdef Py_ssize_t element = 0
@@ -63,38 +63,53 @@ cdef inline void fold_tile_elements(
     while element + together <= n:
         l = <int>(element % lanes(reference))
         fold_registers(tile + element, terms, together, tops + l, highs + l, lows + l, apart, reference, 1)
-        if not apart:
-            for j in range(together):
+        for j in range(together):
+            if keep:
                 tile[element + j] = terms[j]
         element += together
     while element < n:
         l = <int>(element % lanes(reference))
         fold_registers(tile + element, terms, 1, tops + l, highs + l, lows + l, apart, reference, 1)
-        if not apart:
+        if keep:
             tile[element] = terms[0]
         element += 1
     for l in range(lanes(reference)):
         highs[l] = highs[l] - base
 
 
+cdef void sum_tile(
+    vec* tile, Py_ssize_t n, bint keep, bint apart, vec largest, const vec* reference, vec* high, vec* low
+) noexcept nogil:
+    cdef vec[MAX_LANES] tops, highs, lows
+    if apart:
+        fold_tile_elements(tile, n, False, True, reference, tops, highs, lows)
+    elif keep:
+        fold_tile_elements(tile, n, True, False, reference, tops, highs, lows)
+    else:
+        fold_tile_elements(tile, n, False, False, reference, tops, highs, lows)
+    merge_lanes(tops, largest, apart, reference, highs, lows)
+    high[0], low[0] = highs[0], lows[0]
+
+
 cdef void fold_tile(
     vec* tile, int n_rows, Py_ssize_t n, bint apart, vec row_offsets, vec* references, vec* largest, vec* high, vec* low
 ) noexcept nogil:
     """The references, maxima and sums of the rows over a chunk; without the maxima apart, tile becomes their terms."""
-    cdef vec[MAX_LANES] tops, highs, lows
-    cdef vec top = splat(-INFINITY, largest)
+    cdef vec top = splat(-INFINITY, largest), enough, high_apart, low_apart
     cdef Py_ssize_t element
     cdef int row
     for element in range(n):
         top = maximum(tile[element], top)  # in this order of operands a NaN is passed over
     largest[0] = top
     reference_at(top, row_offsets, references)
+    sum_tile(tile, n, not apart, False, top, references, high, low)
     if apart:
-        fold_tile_elements(tile, n, True, references, tops, highs, lows)
-    else:
-        fold_tile_elements(tile, n, False, references, tops, highs, lows)
-    merge_lanes(tops, top, apart, references, highs, lows)
-    high[0], low[0] = highs[0], lows[0]
+        enough = without_top(top, references, high, low)
+        enough = load_first(&enough, n_rows, splat(-INFINITY, references))
+        if any_greater(enough, high[0]):
+            sum_tile(tile, n, False, True, top, references, &high_apart, &low_apart)
+            low[0] = where_at_most(enough, high[0], low[0], low_apart)
+            high[0] = where_at_most(enough, high[0], high[0], high_apart)
     if has_infinite_lane(top):
         for row in range(n_rows):
             if fabs(get(&top, row)) == INFINITY:

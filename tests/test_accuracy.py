@@ -222,3 +222,15 @@ def test_equal_logits_share_exactly(backend, dtype, rng, n_ties):
         x = np.concatenate([np.repeat(logits, n_ties, axis=1), np.full((20, others), -np.inf, dtype)], axis=1)
         for result in (fastsoftmax.softmax(x, axis=1), fastsoftmax.softmax(np.asfortranarray(x), axis=1)):
             assert np.all(result[:, :n_ties] == dtype(1) / dtype(n_ties))
+
+
+@pytest.mark.parametrize("n_ties", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("distance", [(1e-4, 0.1), (0.1, 5), (3, 6), (10, 30), (30, 80)], ids=str)
+def test_equal_maxima_and_others_below(backend, function, dtype, rng, n_ties, distance):
+    """The rounding of a term that dominates the row is in every result; so are those of the parts of its sum."""
+    x = -rng.uniform(*distance, (400, n_ties + 6))
+    x[:, :n_ties] = 0
+    x = (x + rng.uniform(-20, 20, (400, 1))).astype(dtype)
+    x = rng.permuted(x, axis=1)
+    result = getattr(fastsoftmax, function)(x, 1)
+    assert error_of(function, result, x, 1) <= backend.max_ulps

@@ -321,11 +321,11 @@ def _store_terms(x: Any, x_at: Any, y: Any, y_at: Any, n: Any, maximum: Any) -> 
     offset, floor, shift = _against(x, maximum)
     leading_sum = middle_sum = trailing_sum = x.dtype.type(0)
     for j in range(n):
-        term, _ = _biased_term(x[_U(x_at + j)], offset, floor, shift, arithmetic)
+        term, low = _biased_term(x[_U(x_at + j)], offset, floor, shift, arithmetic)
         leading, middle, trailing = _three_parts(term, arithmetic.grid, arithmetic.fine_grid)
         leading_sum += leading
         middle_sum += middle
-        trailing_sum += trailing
+        trailing_sum += trailing + low
         y[_U(y_at + j)] = term
     return _combined(leading_sum, middle_sum, trailing_sum)
 
@@ -460,8 +460,6 @@ def _stored_softmax(x: Any, x_at: Any, y: Any, y_at: Any, n: Any, terms: Any) ->
             chunk_sum, chunk_rest = _store_terms(x, x_at + first, terms, first, size, maximum)
             total, error = _state.two_sum(total, chunk_sum)
             rest += error + chunk_rest
-        # In a sum of many the roundings of the terms average out; the one of the largest need not, and is mended.
-        rest += np.float64(_top(x, maximum)[1])
     high, low, limit = _scaling(x, maximum, total, rest)
     _scale(terms, y, y_at, n, high, low, limit)
 
@@ -591,9 +589,9 @@ def _strip_store_terms(x: Any, at: Any, step: Any, terms: Any, n: Any, width: An
     for i in range(n):
         for j in range(width):
             value = x[_U(at + i * step + j)]
-            term, _ = _biased_term(value, lanes[_OFFSET + j], lanes[_FLOOR + j], lanes[_SHIFT + j], arithmetic)
+            term, low = _biased_term(value, lanes[_OFFSET + j], lanes[_FLOOR + j], lanes[_SHIFT + j], arithmetic)
             lanes[_LEADING + j], error = _state.two_sum(lanes[_LEADING + j], term)
-            lanes[_TRAILING + j] += error
+            lanes[_TRAILING + j] += error + low
             terms[_U(i * width + j)] = term
 
 
@@ -682,8 +680,6 @@ def run_strips(
             _strip_store_terms(x, x_at, x_step, terms, n_cols, width, lanes)
             for j in range(width):
                 total, rest = np.float64(lanes[_LEADING + j]), np.float64(lanes[_TRAILING + j])
-                if math.isfinite(lanes[_MAXIMUM + j]):
-                    rest += np.float64(_top(x, lanes[_MAXIMUM + j])[1])
                 lanes[_HIGH + j], lanes[_LOW + j], lanes[_LIMIT + j] = _scaling(x, lanes[_MAXIMUM + j], total, rest)
             _strip_scale(terms, y, y_at, y_step, n_cols, width, lanes)
             continue
