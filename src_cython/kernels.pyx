@@ -19,7 +19,6 @@ include "rows.pxi"
 include "gather.pxi"
 include "weighted.pxi"
 
-
 from fastsoftmax._threads import address as address_of_threads
 
 ctypedef void (*block_function)(void* context, Py_ssize_t block) noexcept nogil
@@ -63,21 +62,6 @@ cdef struct Job:
 include "batches.pxi"
 include "tiles.pxi"
 include "strips.pxi"
-
-cdef struct WeightedCall:
-    const void* a
-    const void* b
-    void* y
-    void* signs
-    bint is_single
-    Py_ssize_t first  # block of the part of the call that runs now
-    Py_ssize_t n_blocks
-    bint lacks_memory
-    Dimensions a_kept
-    Dimensions a_row
-    Dimensions b_kept
-    Dimensions b_row
-
 
 include "split.pxi"
 
@@ -260,81 +244,6 @@ cdef inline void run_row(
         softmax_gathered(x, y, &job.row, n, scratch, job.storage)
     else:
         log_softmax_gathered(x, y, &job.row, n, scratch, job.storage)
-
-
-def run_weighted(
-    tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b, cnp.ndarray out, cnp.ndarray sign, Py_ssize_t n_blocks,
-    int n_threads
-):
-    """Run a weighted logsumexp.
-
-    Parameters
-    ----------
-    kept, reduced : tuple of Dimension
-        The layout.
-    a, b, out : ndarray
-        Aligned and native, all float32 or all float64.
-    sign : ndarray or None
-        Where the signs go, with the strides of `out`; None to have NaN for the logarithm of a negative sum.
-    n_blocks, n_threads : int
-        Into how many equal parts it is cut, and how many threads share them.
-    """
-    cdef WeightedCall call
-    call.a, call.b, call.y = cnp.PyArray_DATA(a), cnp.PyArray_DATA(b), cnp.PyArray_DATA(out)
-    call.signs = NULL if sign is None else cnp.PyArray_DATA(sign)
-    call.is_single, call.n_blocks = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32, n_blocks
-    call.lacks_memory = False
-    call.a_kept, call.a_row = dimensions(kept), dimensions(reduced)
-    call.b_kept, call.b_row = dimensions_of_factors(kept), dimensions_of_factors(reduced)
-    run_in_parts(run_weighted_block_of_call, &call, &call.first, n_blocks, n_threads)
-    if call.lacks_memory:
-        raise MemoryError("no memory for the scratch of a weighted sum")
-
-
-cdef void run_weighted_block_of_call(void* context, Py_ssize_t block) noexcept nogil:
-    cdef WeightedCall* call = <WeightedCall*>context
-    cdef bint has_memory
-    if call.is_single:
-        has_memory = run_weighted_block(
-            <const f32v*>call.a, <const f32v*>call.b, <f32v*>call.y, <f32v*>call.signs, call, call.first + block)
-    else:
-        has_memory = run_weighted_block(
-            <const f64v*>call.a, <const f64v*>call.b, <f64v*>call.y, <f64v*>call.signs, call, call.first + block)
-    if not has_memory:
-        call.lacks_memory = True
-
-
-cdef Dimensions dimensions_of_factors(tuple layout):
-    """The dimensions with the strides of the factors for those of the input."""
-    cdef Dimensions result = dimensions(layout)
-    for i, dimension in enumerate(layout):
-        result.x_stride[i] = dimension.b_stride
-    return result
-
-
-cdef bint run_weighted_block(
-    const vec* a, const vec* b, vec* y, vec* signs, const WeightedCall* call, Py_ssize_t block
-) noexcept nogil:
-    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept), row, a_offset, b_offset, y_offset
-    cdef double result, sign
-    cdef vec* scratch = <vec*>malloc(2 * weighted_length(a) * itemsize(a))
-    if scratch == NULL:
-        return False
-    for row in range(n_rows * block // call.n_blocks, n_rows * (block + 1) // call.n_blocks):
-        locate(&call.b_kept, row, &b_offset, &y_offset)
-        locate(&call.a_kept, row, &a_offset, &y_offset)
-        result = weighted_log_sum(
-            fold_weighted(
-                <const vec*>(<const char*>a + a_offset), <const vec*>(<const char*>b + b_offset), &call.a_row,
-                &call.b_row, n, scratch),
-            &sign)
-        if signs != NULL:
-            put(<vec*>(<char*>signs + y_offset), 0, sign)
-        elif sign < 0.0:
-            result = INFINITY - INFINITY
-        put(<vec*>(<char*>y + y_offset), 0, result)
-    free(scratch)
-    return True
 
 
 include "direct_calls.pxi"
