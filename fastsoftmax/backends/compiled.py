@@ -35,9 +35,10 @@ READS = frozenset({"float16", "bfloat16"})
 # a quarter the times agree.
 _SCRATCH_SHARE = 16
 
-# Rows of up to this many elements are computed side by side if there are at least so many: 16 rows of 40 float32 take
-# 1.3 us instead of 1.8, a million of 10 take 15 ms instead of 93; at 64 columns float64 loses.
-_MAX_TILE_COLS = 48
+# Rows of up to this many elements, by their size, are computed side by side if there are at least so many. In ns a row,
+# in tiles and one after the other: float32, 10 elements 12 and 23, 64 elements 33 and 34, beyond the caches 34 and 38;
+# float64, 48 elements 57 and 46, beyond the caches 59 and 94.
+_MAX_TILE_COLS = {4: 64, 8: 48}
 _MIN_TILE_ROWS = 16
 
 # Each thread gets at least this many elements: 4 us of work in float32, where handing it over costs 0.5. On two threads
@@ -151,7 +152,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level and layout.itemsize > 2
     itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
-    short = layout.n_cols <= _MAX_TILE_COLS and layout.n_rows >= _MIN_TILE_ROWS
+    short = layout.n_cols <= _MAX_TILE_COLS.get(layout.itemsize, 0) and layout.n_rows >= _MIN_TILE_ROWS
     if function == "weighted_logsumexp":
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
     elif layout.itemsize == 2 and layout.has_contiguous_rows:
