@@ -161,7 +161,8 @@ cdef void run_rows(
     cdef int row
     find_batch_references(x, n_rows, n, references, &largest)
     fold_batch(
-        x, terms, n_rows, n, function == SOFTMAX and exponentials != RECOMPUTE, function != SOFTMAX, references, largest, &high, &low)
+        x, terms, n_rows, n, function == SOFTMAX and exponentials != RECOMPUTE, function != SOFTMAX, references, largest,
+        &high, &low)
     if function == SOFTMAX:
         normalize_rows(largest, high, low, references, finishers)
     else:

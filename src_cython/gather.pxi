@@ -149,11 +149,11 @@ cdef void log_softmax_gathered(
 ) noexcept nogil:
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
     cdef State total = fold_gathered(x, row, n, True, scratch, storage)
+    cdef Scale scale = scale_by(total.maximum, log_sum(total, <const vec*>scratch))
     while first < n:
         size = min(length, n - first)
         if n > length:
             gather(x, row, first, size, scratch, storage)
-        write_chunk(
-            SUBTRACT, <const vec*>scratch, scratch, size, <const vec*>NULL, scale_by(total.maximum, log_sum(total, <const vec*>scratch)), False)
+        write_chunk(SUBTRACT, <const vec*>scratch, scratch, size, <const vec*>NULL, scale, False)
         scatter(<const vec*>scratch, y, row, first, size, storage)
         first += size

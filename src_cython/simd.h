@@ -384,7 +384,10 @@ static inline u16v f32v_to_bfloat16(f32v v)
 
 #if REGISTER_BYTES == 64
 static inline f32v f32v_from_float16(u16v v) { return (f32v)_mm512_cvtph_ps((__m256i)v); }
-static inline u16v f32v_to_float16(f32v v) { return (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline u16v f32v_to_float16(f32v v)
+{
+    return (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 #elif REGISTER_BYTES == 32 && defined(__F16C__)
 static inline f32v f32v_from_float16(u16v v) { return (f32v)_mm256_cvtph_ps((__m128i)v); }
 static inline u16v f32v_to_float16(f32v v) { return (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }

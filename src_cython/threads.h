@@ -1,10 +1,10 @@
 /* A pool of threads for calls that last microseconds.
  *
  * The caller works too; helpers take the blocks of its job one at a time. After a job a helper looks for the next one for
- * SPIN_SECONDS, in which a program that calls in a loop comes back, and then sleeps: a job handed to a helper that looks
- * costs about 0.5 us, to one that sleeps 5 to 50. OpenMP's threads spin for milliseconds instead, at the cost of whatever
- * else the program does, and hang in a child that was forked after they were used. Here the child forgets them and starts
- * its own.
+ * SPIN_SECONDS, in which a program that calls in a loop comes back, and then sleeps: one that looks has taken a job up
+ * after 0.2 us, one that sleeps after 50, in which the caller goes on alone. OpenMP's threads spin for milliseconds
+ * instead, at the cost of whatever else the program does, and hang in a child that was forked after they were used. Here
+ * the child forgets them and starts its own.
  *
  * There is one pool and one job at a time: a caller that finds it taken does its blocks alone.
  */

@@ -167,7 +167,8 @@ cdef inline void rescale(WeightedState* state, double offset) noexcept nogil:
 cdef inline double kept_term(WeightedState state, double* low) noexcept nogil:
     """The term that is kept out of the sum, relative to what the sum is relative to."""
     cdef int b_exponent
-    cdef double factor = frexp(state.b, &b_exponent), p_low, k, p = exp_difference(state.a, state.offset, &p_low, &k), term
+    cdef double factor = frexp(state.b, &b_exponent), p_low, k, p, term
+    p = exp_difference(state.a, state.offset, &p_low, &k)
     term = p * factor
     k = min(max(k + b_exponent - state.exponent, -5000.0), 5000.0)
     low[0] = ldexp(fma(p, factor, -term) + p_low * factor, <int>k)
