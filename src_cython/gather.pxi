@@ -149,7 +149,7 @@ cdef void log_softmax_gathered(
 ) noexcept nogil:
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
     cdef State total = fold_gathered(x, row, n, True, scratch, storage)
-    cdef Scale scale = scale_by(total.maximum, log_sum(total, <const vec*>scratch))
+    cdef Scale scale = log_scale_of(total, <const vec*>scratch)
     while first < n:
         size = min(length, n - first)
         if n > length:

@@ -181,14 +181,16 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     cdef void* memory
     cdef vec* scratch
     cdef State* states
+    cdef int left_out = 0
     if job.traversal == STRIPS:
         job.kept.count -= 1
-        n_strips = (job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
+        left_out = columns_left_out(y, job, x)
+        n_strips = (left_out + job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
         n_units = total_size(&job.kept) * n_strips
         scratch_bytes = STRIP_BYTES * tile_registers(n, x)
     elif job.traversal == TILES:
-        n_together = lanes(x)
-        scratch_bytes = n * REGISTER_BYTES
+        n_together = TURNED_TILES * lanes(x)
+        scratch_bytes = 2 * TURNED_TILES * n * REGISTER_BYTES
     elif job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     else:
@@ -207,7 +209,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     while unit < end:
         n_together = min(n_together, end - unit)
         if job.traversal == STRIPS:
-            run_strip(x, y, job, unit // n_strips, unit % n_strips, scratch)
+            run_strip(x, y, job, unit // n_strips, unit % n_strips, left_out, scratch)
         elif job.traversal == TILES:
             run_turned(x, y, job, unit, <int>n_together, n, scratch)
         elif n_together > 1:
@@ -231,15 +233,14 @@ cdef inline void run_row(
     x, y = <const vec*>(<const char*>x + x_offset), <vec*>(<char*>y + y_offset)
     if job.traversal != GATHER:
         if job.function == LOGSUMEXP:
-            total = fold_row(x, n)
-            put(y, 0, total.maximum + log_sum(total, x))
+            put(y, 0, logsumexp_of_state(fold_row(x, n), x))
         elif job.function == SOFTMAX:
             softmax_row(x, y, n, job.exponentials, scratch, states, job.streaming)
         else:
             log_softmax_row(x, y, n, job.streaming)
     elif job.function == LOGSUMEXP:
         total = fold_gathered(x, &job.row, n, True, scratch, job.storage)
-        store_stored(y, splat(total.maximum + log_sum(total, x), y), 1, job.storage)
+        store_stored(y, splat(logsumexp_of_state(total, x), y), 1, job.storage)
     elif job.function == SOFTMAX:
         softmax_gathered(x, y, &job.row, n, scratch, job.storage)
     else:
@@ -277,8 +278,8 @@ def logsumexp_of(tuple values, bint is_single):
     """The logarithm of the sum of a state of float32 or float64 elements."""
     cdef State state = from_tuple(values)
     if is_single:
-        return state.maximum + log_sum(state, <const f32v*>NULL)
-    return state.maximum + log_sum(state, <const f64v*>NULL)
+        return logsumexp_of_state(state, <const f32v*>NULL)
+    return logsumexp_of_state(state, <const f64v*>NULL)
 
 
 def addresses():
@@ -307,10 +308,8 @@ cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
 
 
 cdef float logsumexp_f32(const float* x, Py_ssize_t n) noexcept nogil:
-    cdef State state = fold_row(<const f32v*>x, n)
-    return <float>(state.maximum + log_sum(state, <const f32v*>x))
+    return <float>logsumexp_of_state(fold_row(<const f32v*>x, n), <const f32v*>x)
 
 
 cdef double logsumexp_f64(const double* x, Py_ssize_t n) noexcept nogil:
-    cdef State state = fold_row(<const f64v*>x, n)
-    return state.maximum + log_sum(state, <const f64v*>x)
+    return logsumexp_of_state(fold_row(<const f64v*>x, n), <const f64v*>x)

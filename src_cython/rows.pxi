@@ -390,4 +390,4 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
 
 cdef void log_softmax_row(const vec* x, vec* y, Py_ssize_t n, bint streaming) noexcept nogil:
     cdef State total = fold_row(x, n)
-    write_chunk(SUBTRACT, x, y, n, <const vec*>NULL, scale_by(total.maximum, log_sum(total, x)), streaming)
+    write_chunk(SUBTRACT, x, y, n, <const vec*>NULL, log_scale_of(total, x), streaming)

@@ -122,7 +122,8 @@ static inline f64v f64v_pick(f64v table, f64v v) { return table + v; }
 #endif
 
 /* Lane permutations. swap: lane i of the result is lane i ^ distance of v. transpose: of as many registers as each has
- * lanes; for every distance, registers that far apart exchange the lanes that are, which turns ever smaller blocks.
+ * lanes. Registers as far apart as the blocks of 16 bytes in a lane exchange them, which turns ever smaller blocks; within
+ * blocks, zipping the first half of the registers with the second, as often as halves it, turns the rest.
  */
 #if defined(__GNUC__) && !defined(__clang__)
 static const u32v f32v_lanes = {0, 1, 2, 3,
@@ -142,13 +143,17 @@ static const u64v f64v_lanes = {0, 1,
 #endif
 };
 
+/* Elements of two registers in turn, within each block of 16 bytes. */
+#define f32v_zip ((f32v_lanes & ~3u) + (f32v_lanes % 4) / 2 + (f32v_lanes & 1) * (REGISTER_BYTES / 4))
+#define f64v_zip ((f64v_lanes & ~1ul) + (f64v_lanes & 1) * (REGISTER_BYTES / 8))
+
 /* Unrolled, for the compiler knows an instruction for a permutation only if it knows the permutation. */
 #define DEFINE_PERMUTATIONS(T, real)                                                                                   \
     static inline T T##_swap(T v, unsigned distance) { return __builtin_shuffle(v, T##_lanes ^ distance); }            \
     static inline void T##_transpose(T *rows)                                                                          \
     {                                                                                                                  \
-        enum { LANES = sizeof(T) / sizeof(real) };                                                                     \
-        _Pragma("GCC unroll 8") for (unsigned distance = LANES / 2; distance; distance /= 2)                           \
+        enum { LANES = sizeof(T) / sizeof(real), BLOCK = 16 / sizeof(real) };                                          \
+        _Pragma("GCC unroll 8") for (unsigned distance = LANES / 2; distance >= BLOCK; distance /= 2)                  \
         {                                                                                                              \
             _Pragma("GCC unroll 16") for (unsigned i = 0; i < LANES; i++)                                              \
             {                                                                                                          \
@@ -158,6 +163,20 @@ static const u64v f64v_lanes = {0, 1,
                 rows[i] = __builtin_shuffle(a, b, T##_lanes + (T##_lanes & distance) * (LANES / distance - 1));        \
                 rows[i + distance] =                                                                                   \
                     __builtin_shuffle(a, b, T##_lanes + distance + (T##_lanes & distance) * (LANES / distance - 1));   \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 2") for (unsigned half = BLOCK / 2; half; half /= 2)                                       \
+        {                                                                                                              \
+            _Pragma("GCC unroll 8") for (unsigned i = 0; i < LANES; i += BLOCK)                                        \
+            {                                                                                                          \
+                T zipped[BLOCK];                                                                                       \
+                _Pragma("GCC unroll 2") for (unsigned j = 0; j < BLOCK / 2; j++)                                       \
+                {                                                                                                      \
+                    T a = rows[i + j], b = rows[i + j + BLOCK / 2];                                                    \
+                    zipped[2 * j] = __builtin_shuffle(a, b, T##_zip);                                                  \
+                    zipped[2 * j + 1] = __builtin_shuffle(a, b, T##_zip + BLOCK / 2);                                  \
+                }                                                                                                      \
+                _Pragma("GCC unroll 4") for (unsigned j = 0; j < BLOCK; j++) rows[i + j] = zipped[j];                  \
             }                                                                                                          \
         }                                                                                                              \
     }

@@ -18,7 +18,6 @@ cdef struct SplitRow:
     State* states  # one for each chunk
     State total
     Scale scale
-    double log_sum
     Py_ssize_t n_blocks
     Py_ssize_t first  # block of the part that runs now
 
@@ -98,10 +97,10 @@ cdef inline void merge_split_row(vec* y, SplitRow* row) noexcept nogil:
     row.total = within_range(row.total, <const vec*>y)
     if row.function == SOFTMAX:
         row.scale = scale_of(row.total, <const vec*>y)
-        return
-    row.log_sum = log_sum(row.total, <const vec*>y)
-    if row.function == LOGSUMEXP:
-        put(y, 0, row.total.maximum + row.log_sum)
+    elif row.function == LOG_SOFTMAX:
+        row.scale = log_scale_of(row.total, <const vec*>y)
+    else:
+        put(y, 0, logsumexp_of_state(row.total, <const vec*>y))
 
 
 cdef void write_split_block(void* context, Py_ssize_t block) noexcept nogil:
@@ -121,9 +120,7 @@ cdef inline void write_split_chunks(const vec* x, vec* y, SplitRow* row, Py_ssiz
         first = chunk * length
         size, target = min(length, row.n - first), <vec*>at(<const vec*>y, first)
         if row.function == LOG_SOFTMAX:
-            write_chunk(
-                SUBTRACT, at(x, first), target, size, <const vec*>NULL, scale_by(row.total.maximum, row.log_sum),
-                row.streaming)
+            write_chunk(SUBTRACT, at(x, first), target, size, <const vec*>NULL, row.scale, row.streaming)
         elif not is_regular(row.total):
             fill_nan(target, size)
         elif row.exponentials == RECOMPUTE:

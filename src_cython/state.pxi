@@ -374,15 +374,64 @@ cdef inline void rest_over_top(
     cdef vec top, top_low
     scaled_exp(&largest, &top, &top_low, 1, reference, 0)
     ratio[0] = high / top
-    ratio_low[0] = (minus_product(high, ratio[0], top) + (low - ratio[0] * top_low)) / top
+    ratio_low[0] = (minus_product(high, ratio[0], top) + times_plus(splat(0.0, &top) - ratio[0], top_low, low)) / top
 
 
-cdef inline double log1p_of(double ratio, double ratio_low, const vec* like) noexcept nogil:
-    """log(1 + ratio + ratio_low)."""
-    if vec is f32v:
-        return log1p(ratio + ratio_low)
+cdef inline void log1p_parts(vec ratio, vec ratio_low, vec* high, vec* low) noexcept nogil:
+    """high + low = log(1 + ratio + ratio_low) for a ratio of at least 0, `low` being at most a few digits of it.
+
+    1 + ratio = m * 2**k with m between sqrt(1/2) and sqrt(2), and f = m - 1 is exact. With s = f / (2 + f),
+    log(1 + f) = log((1 + s) / (1 - s)) = 2 s + s * tail(s**2), where 2 s = f - s * f = f - (f**2 / 2 - s * f**2 / 2).
+    """
+    cdef vec one = splat(1.0, &ratio), zero = splat(0.0, &ratio), lost, one_plus, k, m, f, s, square, z, tail
+    one_plus = two_sum(one, ratio, &lost)
+    lost = (lost + ratio_low) / one_plus
+    k, m = binary_exponent(one_plus), significand(one_plus)
+    k = where_at_most(m, splat(1.4142135623730951, &m), k, k + one)
+    m = where_at_most(m, splat(1.4142135623730951, &m), m, m * splat(0.5, &m))
+    f = m - one
+    s = f / (f + splat(2.0, &f))
+    square = f * f * splat(0.5, &f)
+    z = s * s
+    if vec is f32v:  # minimax for |s| < 0.172: 2**-30.2 of 2 s, 2**-59.5 in float64
+        start(&tail, &z, 1, 0.29871732922265126)
+        horner(&tail, &z, 1, 0.39977541375987813)
+        horner(&tail, &z, 1, 0.6666677638325047)
     else:
-        return log1p(ratio) + ratio_low / (1.0 + ratio)
+        start(&tail, &z, 1, 0.1479595352520824)
+        horner(&tail, &z, 1, 0.15314050162244672)
+        horner(&tail, &z, 1, 0.18183564342221895)
+        horner(&tail, &z, 1, 0.22222198572840465)
+        horner(&tail, &z, 1, 0.28571428742391597)
+        horner(&tail, &z, 1, 0.39999999999414654)
+        horner(&tail, &z, 1, 0.6666666666666734)
+    tail = times_plus(s, times_plus(z, tail, square), zero - square)
+    high[0] = two_sum(k * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, &k), &k), f, low)  # k * LN2_HIGH is exact
+    low[0] = low[0] + (tail + times_plus(k, splat(by_type(LN2_LOW_F32, LN2_LOW_F64, &k), &k), lost))
+
+
+cdef inline vec is_finite_then(vec v, vec finite, vec otherwise) noexcept nogil:
+    """`finite` in the lanes where v is so, `otherwise` where it is infinite or NaN."""
+    cdef vec size = maximum(splat(0.0, &v) - v, v)  # in this order of operands, NaN where v is
+    return where_at_most(size, splat(by_type(FLT_MAX, DBL_MAX, &v), &v), finite, otherwise)
+
+
+cdef inline void log_sums_of(
+    vec largest, vec high, vec low, const vec* reference, vec* log_high, vec* log_low
+) noexcept nogil:
+    """log(sum(exp(x - maximum))) in two parts, where high + low is the sum without the maximum's own term; 0 where the
+    maximum is infinite, so that it alone decides."""
+    cdef vec ratio, ratio_low, zero = splat(0.0, &high)
+    rest_over_top(largest, high, low, reference, &ratio, &ratio_low)
+    log1p_parts(ratio, ratio_low, log_high, log_low)
+    log_high[0] = is_finite_then(high, is_finite_then(largest, log_high[0], zero), high)
+    log_low[0] = is_finite_then(high, is_finite_then(largest, log_low[0], zero), zero)
+
+
+cdef inline vec add_log_sums(vec largest, vec log_high, vec log_low) noexcept nogil:
+    """The maximum plus the logarithm of the sum."""
+    cdef vec error, total = two_sum(largest, log_high, &error)
+    return is_finite_then(total, total + (error + log_low), largest + log_high)
 
 
 cdef inline State within_range(State state, const vec* like) noexcept nogil:
@@ -444,15 +493,22 @@ cdef inline bint is_regular(State state) noexcept nogil:
     return 0.0 < state.high < INFINITY
 
 
-cdef inline double log_sum(State state, const vec* like) noexcept nogil:
-    """log(sum(exp(x - maximum))) of a state that holds its maximum apart; 0 where the maximum is infinite, so that it
-    alone decides."""
+cdef inline void log_sums_of_state(State state, const vec* like, vec* log_high, vec* log_low) noexcept nogil:
+    """`log_sums_of` for a state that holds its maximum apart, in every lane."""
     cdef vec[REFERENCE] reference
-    cdef vec high, low, ratio, ratio_low
-    if state.high != state.high or state.maximum != state.maximum:
-        return state.high + state.maximum
-    if fabs(state.maximum) == INFINITY:
-        return 0.0
+    cdef vec high, low
     to_registers(state, like, &high, &low, reference)
-    rest_over_top(splat(state.maximum, like), high, low, reference, &ratio, &ratio_low)
-    return log1p_of(lane(ratio, 0), lane(ratio_low, 0), like)
+    log_sums_of(splat(state.maximum, like), high, low, reference, log_high, log_low)
+
+
+cdef inline Scale log_scale_of(State state, const vec* like) noexcept nogil:
+    """What makes log-probabilities of logits."""
+    cdef vec log_high, log_low
+    log_sums_of_state(state, like, &log_high, &log_low)
+    return scale_by(state.maximum, lane(log_high + log_low, 0))
+
+
+cdef inline double logsumexp_of_state(State state, const vec* like) noexcept nogil:
+    cdef vec log_high, log_low
+    log_sums_of_state(state, like, &log_high, &log_low)
+    return lane(add_log_sums(splat(state.maximum, like), log_high, log_low), 0)

@@ -7,8 +7,6 @@ once, for where they are a power of two apart they evict each other.
 cdef enum:
     STRIP_BYTES = 512  # of each row of the array
     PREFETCH_ROWS = 8  # how many rows ahead the next ones are fetched; strides are too long for the processor to
-    MAX_COLUMNS = STRIP_BYTES // 4
-    MAX_TILES = STRIP_BYTES // 16
 
 
 cdef inline int strip_columns(const vec* like) noexcept nogil:
@@ -21,82 +19,78 @@ cdef inline Py_ssize_t tile_registers(Py_ssize_t n, const vec* like) noexcept no
 
 
 cdef inline void copy_strip(
-    const void* x, Py_ssize_t x_stride, int n_columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size, Storage storage
+    const void* x, Py_ssize_t x_stride, Columns columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size, Storage storage
 ) noexcept nogil:
     if storage == AS_COMPUTED:
-        copy_stored_strip(x, x_stride, n_columns, n, tiles, tile_size, AS_COMPUTED)
+        copy_stored_strip(x, x_stride, columns, n, tiles, tile_size, AS_COMPUTED)
     elif storage == FLOAT16:
-        copy_stored_strip(x, x_stride, n_columns, n, tiles, tile_size, FLOAT16)
+        copy_stored_strip(x, x_stride, columns, n, tiles, tile_size, FLOAT16)
     else:
-        copy_stored_strip(x, x_stride, n_columns, n, tiles, tile_size, BFLOAT16)
+        copy_stored_strip(x, x_stride, columns, n, tiles, tile_size, BFLOAT16)
 
 
 cdef inline void copy_stored_strip(
-    const void* x, Py_ssize_t x_stride, int n_columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size, Storage storage
+    const void* x, Py_ssize_t x_stride, Columns columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size, Storage storage
 ) noexcept nogil:
-    cdef int n_tiles = (n_columns + lanes(<const vec*>tiles) - 1) // lanes(<const vec*>tiles), t
-    cdef Py_ssize_t element, register_size = lanes(<const vec*>tiles) * stored_size(storage, <const vec*>tiles)
+    cdef const vec* like = tiles
+    cdef Py_ssize_t element, size = stored_size(storage, like)
     cdef const char* place
+    cdef int t
     for element in range(n):
-        for t in range(n_tiles):
-            place = <const char*>x + element * x_stride + t * register_size
+        for t in range(tiles_of(columns, like)):
+            place = <const char*>x + element * x_stride + first_in_tile(columns, t, like) * size
             prefetch(place + PREFETCH_ROWS * x_stride)
             tiles[t * tile_size + element] = load_stored(
-                place, rows_in_tile(n_columns, t, <const vec*>tiles), splat(-INFINITY, <const vec*>tiles), storage)
+                place, rows_in_tile(columns, t, like), splat(-INFINITY, like), storage)
 
 
 cdef void run_long_strip(
-    const void* x, Py_ssize_t x_stride, void* y, Py_ssize_t y_stride, int n_columns, Py_ssize_t n, const Job* job,
+    const void* x, Py_ssize_t x_stride, void* y, Py_ssize_t y_stride, Columns columns, Py_ssize_t n, const Job* job,
     vec* tiles, vec* log_sums
 ) noexcept nogil:
     """Run columns of more than one chunk: each chunk is copied once for the states and once to be written."""
     cdef const vec* like = tiles
     cdef Py_ssize_t length = chunk_length(like), tile_size = tile_registers(n, like), first = 0, size
-    cdef State[MAX_COLUMNS] totals
+    cdef State[MAX_TILES * MAX_LANES] totals
     cdef State state
     cdef vec[REFERENCE * MAX_TILES] references
     cdef vec[FINISHERS * MAX_TILES] finishers
-    cdef vec[MAX_TILES] row_offsets
-    cdef vec largest, high, low
+    cdef vec[MAX_TILES] row_offsets, largest, high, low
     cdef bint apart = job.function != SOFTMAX
-    cdef int n_tiles = (n_columns + lanes(like) - 1) // lanes(like), t, column, row
-    for t in range(n_tiles):
+    cdef int t, row, i
+    for t in range(tiles_of(columns, like)):
         row_offsets[t] = splat(0.0, like)
-        for row in range(REFERENCE):
-            references[t * REFERENCE + row] = splat(0.0, like)
-        for row in range(FINISHERS):
-            finishers[t * FINISHERS + row] = splat(0.0, like)
+        for i in range(FINISHERS):
+            finishers[t * FINISHERS + i] = splat(0.0, like)
     while first < n:
         size = min(length, n - first)
-        copy_strip(
-            <const char*>x + first * x_stride, x_stride, n_columns, size, tiles, tile_size, job.storage)
-        for t in range(n_tiles):
-            fold_tile(
-                tiles + t * tile_size, rows_in_tile(n_columns, t, like), size, apart, row_offsets[t],
-                references + t * REFERENCE, &largest, &high, &low)
-            for row in range(rows_in_tile(n_columns, t, like)):
-                column = t * lanes(like) + row
-                state = state_in_lane(row, references + t * REFERENCE, largest, high, low)
+        copy_strip(<const char*>x + first * x_stride, x_stride, columns, size, tiles, tile_size, job.storage)
+        fold_tiles(tiles, tile_size, columns, size, apart, row_offsets, references, largest, high, low)
+        for t in range(tiles_of(columns, like)):
+            for row in range(rows_in_tile(columns, t, like)):
+                state = state_in_lane(row, references + t * REFERENCE, largest[t], high[t], low[t])
                 if first == 0:
-                    totals[column] = state
-                    put(row_offsets, column, state.offset)
+                    totals[t * MAX_LANES + row] = state
+                    put(row_offsets + t, row, state.offset)
                 else:
-                    totals[column] = merge(totals[column], state, apart)
+                    totals[t * MAX_LANES + row] = merge(totals[t * MAX_LANES + row], state, apart)
         first += size
-    for column in range(n_columns):
-        put_finish(within_range(totals[column], like), job.function, column, references, finishers, log_sums)
+    for t in range(tiles_of(columns, like)):
+        for row in range(rows_in_tile(columns, t, like)):
+            put_finish(
+                within_range(totals[t * MAX_LANES + row], like), job.function, row, references + t * REFERENCE,
+                finishers + t * FINISHERS, log_sums + t)
     first = 0
     while first < n and job.function != LOGSUMEXP:
         size = min(length, n - first)
-        copy_strip(
-            <const char*>x + first * x_stride, x_stride, n_columns, size, tiles, tile_size, job.storage)
+        copy_strip(<const char*>x + first * x_stride, x_stride, columns, size, tiles, tile_size, job.storage)
         if job.function == SOFTMAX:
             write_tiles(
-                EXP_SCALE, <const vec*>tiles, tile_size, n_columns, size, references, <const vec*>finishers,
+                EXP_SCALE, <const vec*>tiles, tile_size, columns, size, references, <const vec*>finishers,
                 <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         else:
             finish_tiles(
-                <const vec*>tiles, tile_size, n_columns, size, LOG_SOFTMAX, <const vec*>finishers,
+                <const vec*>tiles, tile_size, columns, size, LOG_SOFTMAX, <const vec*>finishers,
                 <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         first += size
 
@@ -115,51 +109,56 @@ cdef inline State state_in_lane(int row, const vec* reference, vec largest, vec 
 
 
 cdef inline void put_finish(
-    State total, Function function, int column, vec* references, vec* finishers, vec* y
+    State total, Function function, int row, vec* references, vec* finishers, vec* log_sums
 ) noexcept nogil:
-    """Set what the second pass needs to write one column; for logsumexp, write it."""
+    """Set what the second pass needs to write one row of a tile; for logsumexp, its result."""
     cdef vec[REFERENCE] reference
-    cdef int t = column // lanes(<const vec*>y), row = column % lanes(<const vec*>y), i
-    finishers += t * FINISHERS
+    cdef const vec* like = references
+    cdef int i
     if function == LOGSUMEXP:
-        put(y, column, total.maximum + log_sum(total, <const vec*>y))
+        put(log_sums, row, logsumexp_of_state(total, like))
     elif function == LOG_SOFTMAX:
-        put_scale(finishers, row, scale_by(total.maximum, log_sum(total, <const vec*>y)))
+        put_scale(finishers, row, log_scale_of(total, like))
     elif not is_regular(total):
         put_scale(finishers, row, scale_by(INFINITY - INFINITY, 0.0))
     else:
-        put_scale(finishers, row, scale_of(total, <const vec*>y))
-        make_reference(splat(total.offset, y), splat(total.exponent, y), reference)
+        put_scale(finishers, row, scale_of(total, like))
+        make_reference(splat(total.offset, like), splat(total.exponent, like), reference)
         for i in range(REFERENCE):
-            put(references + t * REFERENCE + i, row, lane(reference[i], 0))
+            put(references + i, row, lane(reference[i], 0))
+
+
+cdef inline int columns_left_out(const void* y, const Job* job, const vec* like) noexcept nogil:
+    """The lanes that the first tile leaves out for results to be streamed."""
+    return <int>(<uintptr_t>y % REGISTER_BYTES) // itemsize(like) if job.streaming else 0
 
 
 cdef void run_strip(
-    const void* x, void* y, const Job* job, Py_ssize_t outer, Py_ssize_t index, vec* tiles
+    const void* x, void* y, const Job* job, Py_ssize_t outer, Py_ssize_t index, int left_out, vec* tiles
 ) noexcept nogil:
     """Run one strip; `tiles` has room for a chunk of its columns."""
     cdef const vec* like = tiles
-    cdef Py_ssize_t x_offset, y_offset, first = index * strip_columns(like), n = job.row.size[0]
+    cdef Py_ssize_t x_offset, y_offset, first = max(index * strip_columns(like) - left_out, 0), n = job.row.size[0]
     cdef Py_ssize_t tile_size = tile_registers(n, like), size = stored_size(job.storage, like)
     cdef vec[FINISHERS * MAX_TILES] finishers
     cdef vec[MAX_TILES] log_sums
-    cdef int inner = job.kept.count, n_columns = <int>min(job.kept.size[inner] - first, <Py_ssize_t>strip_columns(like))
-    cdef int n_tiles = (n_columns + lanes(like) - 1) // lanes(like), t
+    cdef Columns columns
+    cdef int t, inner = job.kept.count
+    columns.count = <int>(min((index + 1) * strip_columns(like) - left_out, job.kept.size[inner]) - first)
+    columns.left_out = left_out if index == 0 else 0
     locate(&job.kept, outer, &x_offset, &y_offset)
     x = <const char*>x + x_offset + first * size
     y = <char*>y + y_offset + first * job.kept.y_stride[inner]
     if n > chunk_length(like):
-        run_long_strip(x, job.row.x_stride[0], y, job.row.y_stride[0], n_columns, n, job, tiles, log_sums)
+        run_long_strip(x, job.row.x_stride[0], y, job.row.y_stride[0], columns, n, job, tiles, log_sums)
     else:
-        copy_strip(x, job.row.x_stride[0], n_columns, n, tiles, tile_size, job.storage)
-        for t in range(n_tiles):
-            reduce_tile(
-                tiles + t * tile_size, rows_in_tile(n_columns, t, like), n, job.function, finishers + t * FINISHERS,
-                log_sums + t)
+        copy_strip(x, job.row.x_stride[0], columns, n, tiles, tile_size, job.storage)
+        reduce_tiles(tiles, tile_size, columns, n, job.function, finishers, log_sums)
         finish_tiles(
-            <const vec*>tiles, tile_size, n_columns, n, job.function, <const vec*>finishers, y, job.row.y_stride[0],
+            <const vec*>tiles, tile_size, columns, n, job.function, <const vec*>finishers, y, job.row.y_stride[0],
             job.streaming, job.storage)
     if job.function == LOGSUMEXP:
-        for t in range(n_tiles):
+        for t in range(tiles_of(columns, like)):
             store_stored(
-                <char*>y + t * lanes(like) * size, log_sums[t], rows_in_tile(n_columns, t, like), job.storage)
+                <char*>y + first_in_tile(columns, t, like) * size, log_sums[t], rows_in_tile(columns, t, like),
+                job.storage)

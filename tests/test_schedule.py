@@ -79,6 +79,11 @@ def adjacent_rows(outer, n_cols, inner, itemsize=4):
     return Layout((outermost, Dimension(inner, itemsize, itemsize)), (Dimension(n_cols, step, step),), itemsize)
 
 
+def padded_rows(n_rows, n_cols, itemsize=4):
+    step = n_cols * itemsize
+    return Layout((Dimension(n_rows, step, 2 * step),), (Dimension(n_cols, itemsize, itemsize),), itemsize)
+
+
 def stepped_rows(n_rows, n_cols, itemsize=4):
     step = n_cols * itemsize
     return Layout((Dimension(n_rows, 2 * step, step),), (Dimension(n_cols, 2 * itemsize, itemsize),), itemsize)
@@ -94,12 +99,14 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(40, 1000), False, Schedule("rows", "output")),
         ("log_softmax", contiguous_rows(40, 1000), False, Schedule("rows", "none")),
         ("logsumexp", contiguous_rows(40, 1000), False, Schedule("rows", "none")),
-        ("softmax", contiguous_rows(16, 64), False, Schedule("tiles", "scratch")),
-        ("softmax", contiguous_rows(15, 64), False, Schedule("rows", "output")),
-        ("softmax", contiguous_rows(16, 65), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 80), False, Schedule("tiles", "scratch")),
+        ("softmax", contiguous_rows(15, 80), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 81), False, Schedule("rows", "output")),
         ("softmax", contiguous_rows(16, 48, 8), False, Schedule("tiles", "scratch")),
         ("softmax", contiguous_rows(16, 49, 8), False, Schedule("rows", "output")),
-        ("softmax", contiguous_rows(1_000_000, 10), True, Schedule("tiles", "scratch", False, 8, 32)),
+        ("softmax", contiguous_rows(1_000_000, 10), True, Schedule("tiles", "scratch", True, 8, 32)),
+        ("softmax", padded_rows(1_000_000, 10), False, Schedule("tiles", "scratch", False, 8, 32)),
+        ("logsumexp", contiguous_rows(1_000_000, 10), False, Schedule("tiles", "none", False, 8, 32)),
         ("softmax", adjacent_rows(20, 60, 40), False, Schedule("strips", "scratch")),
         ("softmax", stepped_rows(40, 1000), False, Schedule("gather", "scratch")),
         ("softmax", contiguous_rows(48, 1023), False, Schedule("rows", "output")),
@@ -194,7 +201,10 @@ def placed(shape, dtype, offset):
         ((80, 512), 1, "rows", True, "scratch"),
         ((80, 501), 1, "rows", True, "scratch"),
         ((600, 501), 1, "rows", True, "scratch"),  # on two threads
+        ((300, 130), 1, "rows", True, "scratch"),  # cache lines are shared by rows, and rows by batches
         ((2, 16_500), 1, "rows", True, "recompute"),
+        ((2000, 10), 1, "tiles", True, "scratch"),
+        ((777, 37), 1, "tiles", True, "scratch"),
         ((4, 500), 1, "rows", False, "scratch"),
         ((2, 1500), 1, "rows", False, "recompute"),
         ((8, 4096), 0, "strips", True, "scratch"),

@@ -36,9 +36,9 @@ READS = frozenset({"float16", "bfloat16"})
 _SCRATCH_SHARE = 16
 
 # Rows of up to this many elements, by their size, are computed side by side if there are at least so many. In ns a row,
-# in tiles and one after the other: float32, 10 elements 12 and 23, 64 elements 33 and 34, beyond the caches 34 and 38;
-# float64, 48 elements 57 and 46, beyond the caches 59 and 94.
-_MAX_TILE_COLS = {4: 64, 8: 48}
+# in tiles and one after the other: float32, 48 elements 20 and 32, 80 elements 31 and 35, 96 elements 34 and 34;
+# float64, 48 elements 36 and 39, 64 elements 46 and 38.
+_MAX_TILE_COLS = {4: 80, 8: 48}
 _MIN_TILE_ROWS = 16
 
 # Each thread gets at least this many elements: 4 us of work in float32. On two threads
@@ -159,7 +159,8 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     elif layout.itemsize == 2 and layout.has_contiguous_rows:
         traversal, n_units, unit_bytes = "gather", layout.n_rows, 0
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
-        traversal, n_units, unit_bytes, streaming = "tiles", layout.n_rows, 0, False
+        traversal, n_units, unit_bytes = "tiles", layout.n_rows, 0
+        streaming &= layout.kept[0].y_stride == layout.n_cols * layout.itemsize
     elif layout.has_contiguous_rows:
         traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * layout.itemsize
         n_chunks = -(-unit_bytes // _kernels.chunk_bytes)
