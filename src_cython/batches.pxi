@@ -102,7 +102,7 @@ cdef inline void fold_batch(
     cdef int row
     sum_batch(x, terms, n_rows, n, keep, False, references, largest, high, low)
     if apart:
-        enough = without_top(largest, references, high, low)
+        enough = without_top(largest, n, references, high, low)
         enough = load_first(&enough, n_rows, splat(-INFINITY, references))
         if any_greater(enough, high[0]):
             sum_batch(x, terms, n_rows, n, False, True, references, largest, &high_apart, &low_apart)

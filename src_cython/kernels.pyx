@@ -65,7 +65,12 @@ include "strips.pxi"
 
 include "split.pxi"
 
-chunk_bytes, strip_bytes = CHUNK_BYTES, STRIP_BYTES
+chunk_bytes = CHUNK_BYTES
+
+
+def strip_bytes(Py_ssize_t n):
+    """How many bytes, in the type that is computed in, a strip has of each of n rows of the array."""
+    return strip_columns(n, <const f32v*>NULL) * sizeof(float)
 
 
 def runs_here(str tier):
@@ -185,9 +190,9 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     if job.traversal == STRIPS:
         job.kept.count -= 1
         left_out = columns_left_out(y, job, x)
-        n_strips = (left_out + job.kept.size[job.kept.count] + strip_columns(x) - 1) // strip_columns(x)
+        n_strips = (left_out + job.kept.size[job.kept.count] + strip_columns(n, x) - 1) // strip_columns(n, x)
         n_units = total_size(&job.kept) * n_strips
-        scratch_bytes = STRIP_BYTES * tile_registers(n, x)
+        scratch_bytes = strip_columns(n, x) * itemsize(x) * tile_registers(n, x)
     elif job.traversal == TILES:
         n_together = TURNED_TILES * lanes(x)
         scratch_bytes = 2 * TURNED_TILES * n * REGISTER_BYTES

@@ -421,8 +421,9 @@ cdef inline void log_sums_of(
 ) noexcept nogil:
     """log(sum(exp(x - maximum))) in two parts, where high + low is the sum without the maximum's own term; 0 where the
     maximum is infinite, so that it alone decides."""
-    cdef vec ratio, ratio_low, zero = splat(0.0, &high)
-    rest_over_top(largest, high, low, reference, &ratio, &ratio_low)
+    cdef vec ratio, ratio_low, zero = splat(0.0, &high), leading, remainder
+    leading = two_sum(high, low, &remainder)  # for what many small terms have lost may be as large as the rest
+    rest_over_top(largest, leading, remainder, reference, &ratio, &ratio_low)
     log1p_parts(ratio, ratio_low, log_high, log_low)
     log_high[0] = is_finite_then(high, is_finite_then(largest, log_high[0], zero), high)
     log_low[0] = is_finite_then(high, is_finite_then(largest, log_low[0], zero), zero)

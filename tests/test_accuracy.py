@@ -234,3 +234,13 @@ def test_equal_maxima_and_others_below(backend, function, dtype, rng, n_ties, di
     x = rng.permuted(x, axis=1)
     result = getattr(fastsoftmax, function)(x, 1)
     assert error_of(function, result, x, 1) <= backend.max_ulps
+
+
+@pytest.mark.parametrize("n_cols", [64, 1000, 8192])
+def test_many_elements_far_below_one(backend, function, dtype, n_cols):
+    """What a sum loses of each of many terms, all alike, is a part of it to be reckoned with."""
+    x = np.zeros((60, n_cols), dtype)
+    x[:, :] = np.linspace(*((-18, -6) if dtype == np.float32 else (-40, -10)), 60)[:, np.newaxis]
+    x[:, n_cols // 3] = 0
+    result = getattr(fastsoftmax, function)(x, 1)
+    assert error_of(function, result, x, 1) <= backend.max_ulps

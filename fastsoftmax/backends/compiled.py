@@ -167,7 +167,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
         if n_threads > 1 and n_units < n_threads * _schedule.BLOCKS_PER_THREAD and n_chunks >= 2 * n_threads:
             traversal, n_units = "split", n_chunks
     elif layout.has_adjacent_rows:
-        n_strips = -(-layout.kept[-1].size * itemsize // _kernels.strip_bytes)
+        n_strips = -(-layout.kept[-1].size * itemsize // _kernels.strip_bytes(layout.n_cols))
         traversal, n_units, unit_bytes = "strips", layout.n_rows // layout.kept[-1].size * n_strips, 0
     else:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False

@@ -58,8 +58,13 @@ def _write(result: Array, out: Array, dimensions: tuple[Dimension, ...]) -> None
 
 def softmax_rows(rows: Array) -> Array:
     """Softmax over the last axis."""
-    terms = _exp_difference(rows, _maximum(rows))
-    terms /= terms.sum(axis=-1, keepdims=True)
+    maximum = _maximum(rows)
+    terms = _exp_difference(rows, maximum)
+    if np.iscomplexobj(rows):
+        total = terms.sum(axis=-1, keepdims=True)
+    else:
+        total = np.where(np.isfinite(maximum), 1 + _sum_of_others(terms, rows), np.nan)
+    terms /= total
     return terms
 
 
@@ -100,10 +105,18 @@ def _log_sum(rows: Array, maximum: Array) -> Array:
     if np.iscomplexobj(rows):
         total = np.log(terms.sum(axis=-1, keepdims=True))
     else:
-        # The largest term is 1: summed apart from it, the others keep their digits however small they are.
-        np.put_along_axis(terms, rows.argmax(axis=-1, keepdims=True), 0.0, axis=-1)
-        total = np.log1p(terms.sum(axis=-1, keepdims=True))
+        total = np.log1p(_sum_of_others(terms, rows))
     return np.where(np.isinf(maximum), 0.0, total)
+
+
+def _sum_of_others(terms: Array, rows: Array) -> Array:
+    """Sum all terms but the largest, which is 1: the others keep their digits however small they are."""
+    largest = rows.argmax(axis=-1, keepdims=True)
+    top = np.take_along_axis(terms, largest, axis=-1)
+    np.put_along_axis(terms, largest, 0.0, axis=-1)
+    others: Array = terms.sum(axis=-1, keepdims=True)
+    np.put_along_axis(terms, largest, top, axis=-1)
+    return others
 
 
 def weighted_logsumexp_rows(a: Array, b: Array) -> tuple[Array, Array]:
