@@ -4,7 +4,7 @@ from .common import CONTENDER_NAMES, prepare_warm
 
 
 class SmallCall:
-    params = (["1", "10", "1000", "8x16"], ["float32", "float64"], CONTENDER_NAMES)
+    params = (["10", "4x10", "1000"], ["float32", "float64"], CONTENDER_NAMES)
     param_names = ("shape", "dtype", "contender")
     repeat = (2, 10, 0.5)
     warmup_time = 0.05

@@ -12,8 +12,12 @@ ROOT = Path(__file__).parents[1]
 
 # One small case of each benchmark; asv matches these against "module.Class.method('parameter', ...)".
 SMALL_CASES = (
-    r"speed\.Softmax.*\('64x1000', 'float32', 'fastsoftmax:numpy'",
-    r"speed\.OtherFunctions.*\('logsumexp', '1024x1024', 'float32', 'numpy'",
+    r"speed\.InCache.*\('softmax', 'float32 64x1000', 'fastsoftmax:numpy'",
+    r"speed\.BeyondCache.*\('softmax', 'float32 100000x128', 'fastsoftmax:cython'",
+    r"speed\.LongRow.*\('logsumexp', 'float64 5000000', 'fastsoftmax:cython'",
+    r"speed\.TinyRows.*\('softmax', 'float32 300000x37', 'fastsoftmax:cython'",
+    r"speed\.OtherAxis.*\('log_softmax', 'float32 64x100x1000@1', 'fastsoftmax:cython'",
+    r"speed\.LowPrecision.*\('softmax', 'float16 1024x1024', 'fastsoftmax:cython'",
     r"overhead\.SmallCall.*\('10', 'float64', 'scipy'",
     r"overhead\.Import.*\('numpy'",
     r"bandwidth\.Bandwidth.*\('100000x128', 'float32', 1, 'copy:numpy'",
