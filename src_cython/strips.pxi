@@ -169,7 +169,7 @@ cdef void run_strip(
     locate(&job.kept, outer, &x_offset, &y_offset)
     x = <const char*>x + x_offset + first * size
     y = <char*>y + y_offset + first * job.kept.y_stride[inner]
-    upcoming.place, upcoming.tile_stride = <const char*>x + strip_columns(n, like) * size, <Py_ssize_t>REGISTER_BYTES
+    upcoming.place, upcoming.tile_stride = <const char*>x + strip_columns(n, like) * size, lanes(like) * size
     upcoming.stride = job.row.x_stride[0]
     if upcoming.stride % PAGE_BYTES == 0 and n * strip_columns(n, like) * size > STAYING_BYTES:
         upcoming.place, upcoming.stride, upcoming.tile_stride = <const char*>tiles, 0, 0
