@@ -78,6 +78,24 @@ def test_chunk_boundaries(function, dtype, n_cols):
     assert error_of(function, call(function, x, 1)[0], x, 1) <= 2
 
 
+def test_the_rest_of_a_long_row_may_have_a_large_low_part(dtype, rng):
+    """Its square was dropped, for an error of 2.9 ULP, where the maximum is not in the last chunk."""
+    x = rng.uniform(-40, -5, (300, 9000))
+    x[:, 0] = 0
+    x = (x + rng.uniform(-700, 700, (300, 1))).astype(dtype)
+    assert error_of("log_softmax", call("log_softmax", x, 1)[0], x, 1) <= 2
+
+
+def test_a_long_row_of_nothing_but_infinities(function, dtype):
+    for value, expected in ((-np.inf, -np.inf), (np.inf, np.inf)):
+        for shape, axis in (((2, 9000), 1), ((9000, 40), 0)):
+            result, _ = call(function, np.full(shape, value, dtype), axis)
+            if function == "logsumexp":
+                np.testing.assert_array_equal(result, expected)
+            else:
+                assert np.isnan(result).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_one_special_element_in_any_chunk_changes_its_row_only(function, dtype, value, axis):

@@ -369,7 +369,14 @@ def log_sum_of(largest, high, ratio, ratio_low):
         return math.nan
     if math.isinf(largest):
         return 0.0
-    return math.log1p(np.float64(ratio)) + np.float64(ratio_low) / (1.0 + np.float64(ratio))
+    # The low part may be a thousandth of the ratio, whose square would be seen.
+    total, error = _state.two_sum(np.float64(ratio), np.float64(ratio_low))
+    return math.log1p(total) + error / (1.0 + total)
+
+
+@inline
+def leave(v, end):
+    return v
 
 
 def _writer(operation):
@@ -377,25 +384,34 @@ def _writer(operation):
 
     @jit
     def write(source, at, y, y_at, n, end, streaming):
-        fill, wide = group_of(y, 0.0), ending_of_group(end)
+        one, many, wide = register_of(y, 0.0), group_of(y, 0.0), ending_of_group(end)
         # Up to the first whole register of the output, or every store would cross a cache line.
         count = min(n, to_boundary(y, y_at))
-        if count and (streaming or n >= 2 * lanes_in(fill)):
-            store_first(y, y_at, operation(load_first(source, at, count, fill), wide), count)
+        if count and (streaming or n >= 2 * lanes_in(many)):
+            store_first(y, y_at, operation(load_first(source, at, count, one), end), count)
             at, y_at, n = at + count, y_at + count, n - count
         done = 0
+        while done + lanes_in(many) <= n:
+            v = operation(load(source, at + done, many), wide)
+            if streaming:
+                stream(y, y_at + done, v)
+            else:
+                store(y, y_at + done, v)
+            done += lanes_in(many)
         while done < n:
-            v = operation(load_within(source, at + done, n - done, fill), wide)
-            if streaming and n - done >= lanes_in(fill):
+            v = operation(load_within(source, at + done, n - done, one), end)
+            if streaming and done + lanes_in(one) <= n:
                 stream(y, y_at + done, v)
             else:
                 store_within(y, y_at + done, n - done, v)
-            done += lanes_in(fill)
+            done += lanes_in(one)
 
     return write
 
 
-write_scaled, write_recomputed, write_differences = map(_writer, (scale, exp_and_scale, subtract))
+write_scaled, write_recomputed, write_differences, write_copies = map(
+    _writer, (scale, exp_and_scale, subtract, leave)
+)
 
 
 @jit
@@ -404,8 +420,13 @@ def run_batch(function, x, y, count, n, terms, streaming, work):
     if function == SOFTMAX:
         folded = fold_segments(x, count, True, terms, work)
         end = normalize(folded.largest, folded.high, folded.low, folded.reference)
+        # Where rows follow each other, a cache line that two of them share would be written in parts.
+        together = streaming and work.results[count - 1] - work.results[0] == (count - 1) * n
         for s in range(count):
-            write_scaled(terms, work.terms[s], y, work.results[s], n, ending_in(end, s, x), streaming)
+            target, at = (terms, work.terms[s]) if together else (y, work.results[s])
+            write_scaled(terms, work.terms[s], target, at, n, ending_in(end, s, x), streaming and not together)
+        if together:
+            write_copies(terms, work.terms[0], y, work.results[0], count * n, ending_in(end, 0, x), True)
         return
     folded = fold_others(x, count, work)
     ratio, ratio_low = rest_over_top(folded.largest, folded.high, folded.low, folded.reference)
@@ -521,10 +542,12 @@ def log_sum_of_row(state, folded):
 
 @inline
 def with_top(folded):
-    """Add the maximum's term to sums."""
+    """Add the maximum's term to sums; that of an infinite one is nothing."""
     top, top_low = term_at(folded.largest, folded.reference)
     high, error = two_sum(folded.high, top)
-    return Folded(folded.largest, high, folded.low + (error + top_low), folded.reference)
+    is_finite = size_of(folded.largest) <= constants(high).largest
+    low = where(is_finite, folded.low + (error + top_low), folded.low)
+    return Folded(folded.largest, where(is_finite, high, folded.high), low, folded.reference)
 
 
 @jit

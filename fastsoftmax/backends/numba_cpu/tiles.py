@@ -88,6 +88,7 @@ from .terms import (
 STRIP_BYTES = 512  # of each row of the array
 FIELDS = 7  # registers of an ending
 ENDINGS_BYTES, STATES_BYTES = FIELDS * STRIP_BYTES, 3 * 8 * STRIP_BYTES // 4
+PREFETCHED_TILES = 4
 PREFETCHED_ROWS = 8  # how many rows of the array ahead the next are fetched: strides are too long for the processor to
 
 
@@ -232,6 +233,8 @@ def run_turned(like, function, how, streaming, x_address, y_address, tables, n_k
     width = lanes_in(register_of(x, 0.0))
     for row in range(first, end, width):
         count = min(width, end - row)
+        for i in range(count):
+            prefetch(x, (row + PREFETCHED_TILES * width + i) * x_step, register_of(x, 0.0))
         for column in range(0, n, width):
             turn(
                 x,
