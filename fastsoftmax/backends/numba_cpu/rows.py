@@ -409,9 +409,7 @@ def _writer(operation):
     return write
 
 
-write_scaled, write_recomputed, write_differences, write_copies = map(
-    _writer, (scale, exp_and_scale, subtract, leave)
-)
+write_scaled, write_recomputed, write_differences, write_copies = map(_writer, (scale, exp_and_scale, subtract, leave))
 
 
 @jit
