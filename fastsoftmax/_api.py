@@ -329,7 +329,9 @@ def _dtypes(dtype: np.dtype[Any], function: Function) -> tuple[np.dtype[Any], np
 
 def _read_as(module: BackendModule, x: Array, working: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype that a backend reads ``x`` in: its own, or the one that is computed in."""
-    return x.dtype.newbyteorder("=") if x.dtype.name in module.READS else working
+    # Looking up the name of a dtype takes longer than a short row.
+    is_read = x.dtype.itemsize == 2 and x.dtype.name in module.READS
+    return x.dtype.newbyteorder("=") if is_read else working
 
 
 def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -338,13 +340,17 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
         raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
     if isinstance(out, np.ma.MaskedArray):
         raise TypeError("out must not be a masked array")
-    if out.dtype.newbyteorder("=") != dtype:
+    if out.dtype != dtype and out.dtype.newbyteorder("=") != dtype:
         raise TypeError(f"out must have dtype {dtype}, not {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out must have shape {shape}, not {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if out.size and any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True)):
+    if (
+        not out.flags.c_contiguous
+        and out.size
+        and any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True))
+    ):
         raise ValueError("out is a broadcast view: several of its elements share one place in memory")
 
 

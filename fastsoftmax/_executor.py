@@ -1,8 +1,8 @@
 """Run the blocks of one call of the Numba backend on several threads. The compiled backend has a pool of its own.
 
-The kernels release the GIL and no row is divided between blocks, so a plain thread pool is enough, and which thread
-runs which block never changes a result. The pool starts at first use and is dropped in a forked child, whose
-copies of the worker threads do not exist; OpenMP and Numba's own threading layers hang or abort there.
+The kernels release the GIL and blocks are rows, strips or chunks at fixed places, so a plain thread pool is enough, and
+which thread runs which block never changes a result. The pool starts at first use and is dropped in a forked child,
+whose copies of the worker threads do not exist; OpenMP and Numba's own threading layers hang or abort there.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -139,6 +140,7 @@ def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = Non
     return Layout(_fuse(kept), _fuse(reduced) or (Dimension(1, x.itemsize, x.itemsize),), x.itemsize)
 
 
+@lru_cache(maxsize=1024)
 def c_order_layout(outer: int, n: int, inner: int, itemsize: int, is_reduced: bool = False) -> Layout:
     """Lay out an array in C order, as ``outer`` by ``n`` by ``inner``, as rows along its middle axis.
 

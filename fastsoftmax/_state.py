@@ -93,27 +93,43 @@ class State(NamedTuple):
     residue: float
 
 
+# (exp(r) - 1 - r) / r**2 for |r| <= ln(2) / 2, the highest power first: minimax (Remez), for errors of exp(r) of 4.0e-9
+# in float32 and 1.3e-17 in float64.
+POLYNOMIAL32 = (
+    np.float32(0.0013814684934914112),
+    np.float32(0.008368682116270065),
+    np.float32(0.04166838526725769),
+    np.float32(0.1666652113199234),
+    np.float32(0.4999999403953552),
+)
+POLYNOMIAL64 = (
+    2.5000114251100206e-08,
+    2.7630176070465437e-07,
+    2.7557585839528644e-06,
+    2.4801493285261913e-05,
+    0.0001984126950757967,
+    0.0013888888943468132,
+    0.008333333333493821,
+    0.0416666666665307,
+    0.16666666666666413,
+    0.5000000000000011,
+)
+
+
 def polynomial32(r: Any) -> Any:
-    """(exp(r) - 1 - r) / r**2 for |r| <= ln(2)/2 in float32; minimax (Remez), for an error of exp(r) of 4.0e-9."""
-    q = np.float32(0.0013814684934914112)
-    q = q * r + np.float32(0.008368682116270065)
-    q = q * r + np.float32(0.04166838526725769)
-    q = q * r + np.float32(0.1666652113199234)
-    return q * r + np.float32(0.4999999403953552)
+    """(exp(r) - 1 - r) / r**2 in float32."""
+    q = POLYNOMIAL32[0]
+    for coefficient in POLYNOMIAL32[1:]:
+        q = q * r + coefficient
+    return q
 
 
 def polynomial64(r: Any) -> Any:
-    """(exp(r) - 1 - r) / r**2 for |r| <= ln(2)/2 in float64; minimax (Remez), for an error of exp(r) of 1.3e-17."""
-    q = 2.5000114251100206e-08
-    q = q * r + 2.7630176070465437e-07
-    q = q * r + 2.7557585839528644e-06
-    q = q * r + 2.4801493285261913e-05
-    q = q * r + 0.0001984126950757967
-    q = q * r + 0.0013888888943468132
-    q = q * r + 0.008333333333493821
-    q = q * r + 0.0416666666665307
-    q = q * r + 0.16666666666666413
-    return q * r + 0.5000000000000011
+    """(exp(r) - 1 - r) / r**2 in float64."""
+    q = POLYNOMIAL64[0]
+    for coefficient in POLYNOMIAL64[1:]:
+        q = q * r + coefficient
+    return q
 
 
 def polynomial(r: Any) -> Any:

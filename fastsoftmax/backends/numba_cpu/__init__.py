@@ -1,0 +1,226 @@
+"""The Numba backend on the CPU: for machines where the compiled extension cannot be built.
+
+It computes as the compiled kernels do, and on a processor of the same tier to the same bits: see docs/method.md. Its
+parts: `registers` lets Numba compute with vectors, `terms` has the exponentials, `rows` and `tiles` the traversals,
+`weighted` sums with factors. The states of parts of a row merge by the functions of `fastsoftmax._state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+try:
+    import numba  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"the numba backend needs the numba package: {error}") from error
+
+from fastsoftmax import _schedule
+from fastsoftmax._dispatch import Factors, Function, Plan
+from fastsoftmax._executor import run_blocks
+from fastsoftmax._layout import Array, Dimension, Layout
+from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
+
+from . import rows, tiles
+from .weighted import BYTES_OF_WEIGHTED, run_weighted
+
+READS: frozenset[str] = frozenset()
+
+_FUNCTIONS = {"softmax": rows.SOFTMAX, "log_softmax": rows.LOG_SOFTMAX, "logsumexp": rows.LOGSUMEXP}
+_EXPONENTIALS = {
+    "output": rows.IN_OUTPUT,
+    "scratch": rows.IN_SCRATCH,
+    "recompute": rows.RECOMPUTE,
+    "none": rows.IN_SCRATCH,
+}
+
+_NOTHING = np.empty(0, np.uint8)
+# They tell kernels the dtype: Numba's dispatcher knows the type of an array in a fifth of the time of a scalar's.
+_LIKE = {4: np.empty(0, np.float32), 8: np.empty(0, np.float64)}
+
+# Each thread gets at least this many elements: handing a block to a thread of Python's pool and waiting for it costs
+# 20-100 us, in which one core finishes up to 500,000 float32 elements.
+MIN_ELEMENTS_PER_THREAD = 131_072
+
+# The terms of a row wait in a scratch of up to this share of the last cache level, which threads share.
+SCRATCH_SHARE = 16
+
+# Rows of up to this many elements, by their size, are computed side by side if there are at least so many.
+MAX_TILE_COLS = {4: 64, 8: 48}
+MIN_TILE_ROWS = 16
+
+
+def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
+    max_threads = _schedule.max_threads() if layout.size >= 2 * MIN_ELEMENTS_PER_THREAD else 1
+    return _make_plan(function, layout, in_place, max_threads)
+
+
+@lru_cache(maxsize=1024)
+def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: int) -> Plan:
+    """Choose the traversal from the strides, and from the sizes where the exponentials wait for their sum."""
+    n_bytes = layout.size * layout.itemsize
+    row_bytes = layout.n_cols * layout.itemsize
+    n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
+    # Input and output together leave the last cache: what is written will not be read from there.
+    streaming = function != "logsumexp" and 2 * n_bytes > cache_sizes().last_level
+    short = layout.n_cols <= MAX_TILE_COLS[layout.itemsize] and layout.n_rows >= MIN_TILE_ROWS
+    traversal: Traversal = "gather"
+    n_units = layout.n_rows
+    if function == "weighted_logsumexp":
+        streaming = False
+    elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
+        traversal, streaming = "tiles", False
+    elif layout.has_contiguous_rows:
+        traversal = "rows"
+        n_chunks = -(-row_bytes // rows.CHUNK_BYTES)
+        if n_threads > 1 and n_units < n_threads * BLOCKS_PER_THREAD and n_chunks >= 2 * n_threads:
+            traversal, n_units = "split", n_chunks
+    elif layout.has_adjacent_rows:
+        traversal = "strips"
+        n_units = _count_strips(layout)
+    else:
+        streaming = False
+    exponentials: Exponentials = "none"
+    if function == "softmax":
+        if traversal in ("gather", "strips"):
+            exponentials = "scratch" if row_bytes <= rows.CHUNK_BYTES else "recompute"
+        elif traversal == "tiles":
+            exponentials = "scratch"
+        elif not (streaming or in_place):
+            exponentials = "output"
+        else:
+            exponentials = "scratch" if row_bytes <= cache_sizes().last_level // SCRATCH_SHARE else "recompute"
+    n_blocks = 1 if n_threads == 1 else min(n_units, n_threads * BLOCKS_PER_THREAD)
+    schedule = Schedule(traversal, exponentials, streaming, min(n_threads, n_blocks), n_blocks)
+    return Plan(function, "numba", None, schedule)
+
+
+def _count_strips(layout: Layout) -> int:
+    inner = layout.kept[-1].size
+    return layout.n_rows // inner * -(-inner * layout.itemsize // tiles.STRIP_BYTES)
+
+
+class _Call(NamedTuple):
+    """What the calls of one plan and layout have in common: a kernel, and its arguments but for addresses and units."""
+
+    kernel: Callable[..., None]
+    leading: tuple[Any, ...]  # the first is an array of the dtype
+    tables: Array
+    sizes: tuple[int, ...]  # the first is the address of the tables
+    n_units: int
+    scratch_bytes: int
+
+
+@lru_cache(maxsize=1024)
+def _prepare(plan: Plan, layout: Layout) -> _Call:
+    schedule, n, itemsize = plan.schedule, layout.n_cols, layout.itemsize
+    kernel, n_units, n_reduced = rows.run_rows, layout.n_rows, 0
+    if schedule.traversal == "tiles":
+        kernel, room = tiles.run_turned, tiles.bytes_of_tile(n)
+    elif schedule.traversal == "strips":
+        kernel, n_units, room = tiles.run_strips, _count_strips(layout), tiles.bytes_of_strip(n, itemsize)
+    else:
+        n_reduced = len(layout.reduced) if schedule.traversal == "gather" else 0
+        room = rows.bytes_of_rows(n, itemsize, schedule.exponentials == "scratch", n_reduced > 0)
+    leading = (_LIKE[itemsize], _FUNCTIONS[plan.function], _EXPONENTIALS[schedule.exponentials], schedule.streaming)
+    tables = _tables(layout.kept + layout.reduced, itemsize)
+    return _Call(kernel, leading, tables, (tables.ctypes.data, len(layout.kept), n_reduced, n), n_units, room)
+
+
+def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+    if factors is not None:
+        _run_weighted(plan.schedule, layout, x, out, factors)
+    elif plan.schedule.traversal == "split":
+        _run_split(plan, layout, x, out)
+    else:
+        kernel, leading, _, sizes, n_units, scratch_bytes = _prepare(plan, layout)
+        arguments = (*leading, x.ctypes.data, out.ctypes.data, *sizes)
+
+        def run_units(first: int, end: int) -> None:
+            _memory, scratch = _scratch(scratch_bytes)
+            kernel(*arguments, first, end, scratch)
+
+        _in_blocks(run_units, n_units, plan.schedule)
+
+
+def _run_split(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
+    """Run a few long rows, all threads on each."""
+    stored = plan.schedule.exponentials in ("output", "scratch")
+    waiting = np.empty(layout.n_cols if plan.schedule.exponentials == "scratch" else 0, out.dtype)
+    for row in range(layout.n_rows):
+        x_offset, y_offset = _offsets(layout.kept, row)
+        addresses = x.ctypes.data + x_offset, out.ctypes.data + y_offset
+        terms = waiting.ctypes.data if waiting.size else addresses[1]
+        _run_split_row(plan, layout, *addresses, terms, stored)
+
+
+def _run_split_row(plan: Plan, layout: Layout, x: int, y: int, terms: int, stored: bool) -> None:
+    """Fold the chunks of a row on threads, merge their states in order, write on threads; arguments are addresses."""
+    schedule, n, like, function = plan.schedule, layout.n_cols, _LIKE[layout.itemsize], _FUNCTIONS[plan.function]
+    n_chunks = -(-n * layout.itemsize // rows.CHUNK_BYTES)
+    memory = np.empty(3 * (n_chunks + 1), np.float64)
+    states = memory.ctypes.data
+
+    def fold(first: int, end: int) -> None:
+        rows.fold_split(like, function, stored, x, terms, n, first, end, states)
+
+    def write(first: int, end: int) -> None:
+        rows.write_split(like, function, stored, schedule.streaming, x, y, terms, n, first, end, states)
+
+    _in_blocks(fold, n_chunks, schedule)
+    rows.merge_split(like, function, y, n_chunks, states)
+    if plan.function != "logsumexp":
+        _in_blocks(write, n_chunks, schedule)
+
+
+def _run_weighted(schedule: Schedule, layout: Layout, x: Array, out: Array, factors: Factors) -> None:
+    of_factors = tuple(d._replace(x_stride=d.b_stride) for d in layout.kept + layout.reduced)
+    tables = _tables(layout.kept + layout.reduced + of_factors, layout.itemsize)
+    addresses = [0 if array is None else array.ctypes.data for array in (x, factors.b, out, factors.sign)]
+    arguments = (*addresses, tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols)
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(BYTES_OF_WEIGHTED)
+        run_weighted(_LIKE[layout.itemsize], *arguments, first, end, scratch)
+
+    _in_blocks(run_units, layout.n_rows, schedule)
+
+
+def _in_blocks(run_units: Callable[[int, int], None], n_units: int, schedule: Schedule) -> None:
+    """Run units from one up to another, in as many equal parts as the schedule says."""
+    n_blocks = schedule.n_blocks
+    if n_blocks == 1:
+        run_units(0, n_units)
+        return
+    run_blocks(
+        lambda block: run_units(n_units * block // n_blocks, n_units * (block + 1) // n_blocks),
+        n_blocks,
+        schedule.n_threads,
+    )
+
+
+def _scratch(n_bytes: int) -> tuple[Array, int]:
+    """Memory, which lives as long as the array, and the address in it where a cache line begins."""
+    if not n_bytes:
+        return _NOTHING, 0
+    memory = np.empty(n_bytes + 64, np.uint8)
+    return memory, -(-memory.ctypes.data // 64) * 64
+
+
+def _offsets(dimensions: tuple[Dimension, ...], index: int) -> tuple[int, int]:
+    """Where, in bytes, the index-th of the positions that the dimensions enumerate lies in the input and the output."""
+    x_offset = y_offset = 0
+    for dimension in reversed(dimensions):
+        index, place = divmod(index, dimension.size)
+        x_offset += place * dimension.x_stride
+        y_offset += place * dimension.y_stride
+    return x_offset, y_offset
+
+
+def _tables(dimensions: tuple[Dimension, ...], itemsize: int) -> Array:
+    """Sizes and strides in elements, as the kernels read them."""
+    table = [(d.size, d.x_stride // itemsize, d.y_stride // itemsize) for d in dimensions]
+    return np.array(table, np.int64)

@@ -1,0 +1,443 @@
+"""Kernels for tiles: as many rows side by side as a register has lanes, so that register j holds element j of each.
+
+Adjacent rows, as where the reduced axis is not the last, lie in memory like this; a *strip* of them, some tiles wide,
+is copied to a scratch, for where rows of the array are a power of two apart they evict each other. Short rows are
+turned on their side for it: one of ten elements would leave most lanes empty. There is a sum for each of the lanes that
+the elements of a row alone would have, so that its bits are the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastsoftmax import _state
+
+from . import rows
+from .jit import inline, jit, jit_entry
+from .registers import (
+    REGISTER_BYTES,
+    address_of,
+    any_of,
+    fma,
+    group_of,
+    itemsize_of,
+    lane,
+    lanes_in,
+    load,
+    parts,
+    pointer_to,
+    prefetch,
+    register_of,
+    stack_memory,
+    store,
+    stream,
+    turn,
+    where,
+    with_lane,
+)
+from .rows import (
+    BYTES_OF_WORK,
+    COLUMNS,
+    LOG_SOFTMAX,
+    LOGSUMEXP,
+    SIZE,
+    SOFTMAX,
+    Folded,
+    X,
+    Y,
+    add_registers,
+    chunk_of,
+    differences,
+    folded_of,
+    has_nan,
+    lacking,
+    load_state,
+    load_within,
+    log_sum_of,
+    log_sum_of_row,
+    make_work,
+    of_group,
+    offset_of,
+    replaced,
+    state_in,
+    store_within,
+    to_boundary,
+    with_top,
+    without_top,
+    write_differences,
+    write_scaled,
+)
+from .terms import (
+    Ending,
+    Reference,
+    constants,
+    exp_and_scale,
+    exp_parts,
+    maximum,
+    normalize,
+    reference_at,
+    rest_over_top,
+    scale,
+    size_of,
+    subtract,
+    sum_base,
+    term_at,
+    two_sum,
+)
+
+STRIP_BYTES = 512  # of each row of the array
+FIELDS = 7  # registers of an ending
+ENDINGS_BYTES, STATES_BYTES = FIELDS * STRIP_BYTES, 3 * 8 * STRIP_BYTES // 4
+PREFETCHED_TILES = 4
+PREFETCHED_ROWS = 8  # how many rows of the array ahead the next are fetched: strides are too long for the processor to
+
+
+def bytes_of_tile(n):
+    """Scratch memory of `run_turned`."""
+    return (n + rows.MAX_LANES) * REGISTER_BYTES
+
+
+def bytes_of_strip(n, itemsize):
+    """Scratch memory of `run_strips`."""
+    return ENDINGS_BYTES + STRIP_BYTES + STATES_BYTES + STRIP_BYTES * (min(n, rows.CHUNK_BYTES // itemsize) + 1)
+
+
+@jit
+def maxima_of_tile(tile, n):
+    fill = group_of(tile, -math.inf)
+    top = register_of(tile, -math.inf)
+    wide, done, end = fill, 0, n * lanes_in(top)
+    while done + lanes_in(fill) <= end:
+        wide = maximum(load(tile, done, fill), wide)  # in this order a NaN is passed over
+        done += lanes_in(fill)
+    for part in parts(wide):
+        top = maximum(part, top)
+    while done < end:
+        top = maximum(load(tile, done, top), top)
+        done += lanes_in(top)
+    return top
+
+
+@inline
+def fold_elements(logits, high, low, reference):
+    """Terms, and the sums with them, each register its own."""
+    head, factor, rest = exp_parts(logits, reference)
+    term = fma(factor, rest, head)
+    total = high + term
+    return term, total, low + fma(factor, rest, head - (total - high))
+
+
+@jit
+def sum_tile(tile, n, reference, keep, work):
+    """The sums of the rows; with `keep`, terms take the place of logits."""
+    like, wide, references = register_of(tile, 0.0), group_of(tile, 0.0), of_group(reference)
+    base = sum_base(like)
+    width, used = lanes_in(like), min(n, lanes_in(like))
+    for i in range(used):
+        store(work.highs, i * width, like + base)
+        store(work.lows, i * width, like)
+    done = 0
+    while done + lanes_in(wide) <= n * width:
+        place = done % (width * width)
+        high, low = load(work.highs, place, wide), load(work.lows, place, wide)
+        term, high, low = fold_elements(load(tile, done, wide), high, low, references)
+        store(work.highs, place, high)
+        store(work.lows, place, low)
+        if keep:
+            store(tile, done, term)
+        done += lanes_in(wide)
+    while done < n * width:
+        place = done % (width * width)
+        high, low = load(work.highs, place, like), load(work.lows, place, like)
+        term, high, low = fold_elements(load(tile, done, like), high, low, reference)
+        store(work.highs, place, high)
+        store(work.lows, place, low)
+        if keep:
+            store(tile, done, term)
+        done += width
+    for i in range(used):
+        store(work.highs, i * width, load(work.highs, i * width, like) - base)
+    return add_registers(tile, used, work)
+
+
+@jit
+def sum_others_of_tile(tile, n, largest, reference, work):
+    """The sums of the rows without their maxima, which may be far smaller than the maxima's terms."""
+    like = register_of(tile, 0.0)
+    width, used = lanes_in(like), min(n, lanes_in(like))
+    for i in range(used):
+        store(work.highs, i * width, like)
+        store(work.lows, i * width, like)
+    for element in range(n):
+        place = element % width * width
+        logits = load(tile, element * width, like)
+        term, term_low = term_at(logits, reference)
+        high, error = two_sum(load(work.highs, place, like), where(logits == largest, 0.0, term))
+        store(work.highs, place, high)
+        store(work.lows, place, load(work.lows, place, like) + (error + where(logits == largest, 0.0, term_low)))
+    return add_registers(tile, used, work)
+
+
+@jit
+def fold_tile(tile, count, n, keep, work):
+    """Fold `count` rows; with `keep`, terms take the place of logits."""
+    largest = maxima_of_tile(tile, n)
+    reference = reference_at(largest)
+    width = lanes_in(largest)
+    infinite = any_of(size_of(largest) > constants(tile).largest)
+    nans = register_of(tile, 0.0)
+    if infinite:
+        for row in range(count):
+            if has_nan(tile, row, width, n):
+                nans = with_lane(nans, row, math.nan)
+    high, low = sum_tile(tile, n, reference, keep, work)
+    if infinite:
+        is_finite = size_of(largest) <= constants(tile).largest
+        high, low = where(is_finite, high, nans), where(is_finite, low, 0.0)
+    return Folded(largest, high, low, reference)
+
+
+@jit
+def fold_others_of_tile(tile, count, n, work):
+    """Fold rows without their maxima."""
+    folded = without_top(fold_tile(tile, count, n, False, work))
+    lacks = lacking(folded, count)
+    if not any_of(lacks):
+        return folded
+    return replaced(folded, lacks, sum_others_of_tile(tile, n, folded.largest, folded.reference, work))
+
+
+@jit
+def end_of_tile(function, tile, count, n, log_sums, work):
+    """Fold `count` rows, and give what ends their elements; for softmax, the tile then holds terms."""
+    if function == SOFTMAX:
+        folded = fold_tile(tile, count, n, True, work)
+        return normalize(folded.largest, folded.high, folded.low, folded.reference)
+    folded = fold_others_of_tile(tile, count, n, work)
+    ratio, ratio_low = rest_over_top(folded.largest, folded.high, folded.low, folded.reference)
+    logarithms = register_of(tile, 0.0)
+    for row in range(count):
+        largest = lane(folded.largest, row)
+        log_sum = log_sum_of(largest, lane(folded.high, row), lane(ratio, row), lane(ratio_low, row))
+        logarithms = with_lane(logarithms, row, log_sum)
+        log_sums[row] = largest + log_sum
+    return differences(folded.largest, logarithms, folded.reference)
+
+
+@jit_entry
+def run_turned(like, function, how, streaming, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch):
+    """Run short rows, which lie a step apart."""
+    x, y, kept = pointer_to(x_address, like), pointer_to(y_address, like), pointer_to(tables, 0)
+    x_step, y_step = kept[X], kept[Y]
+    work, tile = make_work(stack_memory(BYTES_OF_WORK), like), pointer_to(scratch, like)
+    width = lanes_in(register_of(x, 0.0))
+    for row in range(first, end, width):
+        count = min(width, end - row)
+        for i in range(count):
+            prefetch(x, (row + PREFETCHED_TILES * width + i) * x_step, register_of(x, 0.0))
+        for column in range(0, n, width):
+            turn(
+                x,
+                row * x_step + column,
+                x_step,
+                count,
+                min(width, n - column),
+                tile,
+                column * width,
+                width,
+                width,
+                width,
+            )
+        ending = end_of_tile(function, tile, count, n, work.tops, work)
+        if function == LOGSUMEXP:
+            for i in range(count):
+                y[(row + i) * y_step] = work.tops[i]
+            continue
+        if function == SOFTMAX:
+            write_scaled(tile, 0, tile, 0, n * width, ending, False)
+        else:
+            write_differences(tile, 0, tile, 0, n * width, ending, False)
+        for column in range(0, n, width):
+            turn(
+                tile,
+                column * width,
+                width,
+                width,
+                width,
+                y,
+                row * y_step + column,
+                y_step,
+                count,
+                min(width, n - column),
+            )
+
+
+# Strips
+
+
+@inline
+def columns_of_strip(x):
+    return STRIP_BYTES // itemsize_of(x)
+
+
+@jit
+def copy_strip(x, at, step, n_columns, n, tiles, tile_size):
+    """Copy elements of adjacent rows to tiles."""
+    like = register_of(x, 0.0)
+    width = lanes_in(like)
+    for element in range(n):
+        row = at + element * step
+        for t in range((n_columns + width - 1) // width):
+            prefetch(x, row + t * width + PREFETCHED_ROWS * step, like)
+            count = n_columns - t * width
+            store(tiles, t * tile_size + element * width, load_within(x, row + t * width, count, like))
+
+
+@inline
+def load_ending(endings, t):
+    like = register_of(endings, 0.0)
+    at = t * FIELDS * lanes_in(like)
+    width = lanes_in(like)
+    return Ending(
+        Reference(load(endings, at, like), load(endings, at + width, like), load(endings, at + 2 * width, like)),
+        load(endings, at + 3 * width, like),
+        load(endings, at + 4 * width, like),
+        load(endings, at + 5 * width, like),
+        load(endings, at + 6 * width, like),
+    )
+
+
+@inline
+def store_ending(endings, t, end):
+    width = lanes_in(end.factor)
+    at = t * FIELDS * width
+    store(endings, at, end.reference.offset)
+    store(endings, at + width, end.reference.floor)
+    store(endings, at + 2 * width, end.reference.magic)
+    store(endings, at + 3 * width, end.factor)
+    store(endings, at + 4 * width, end.factor_low)
+    store(endings, at + 5 * width, end.limit)
+    store(endings, at + 6 * width, end.share)
+
+
+@jit
+def put_ending(endings, column, end):
+    """Set the ending of one row to that in the first lane."""
+    width = lanes_in(end.factor)
+    at = column // width * FIELDS * width + column % width
+    endings[at] = lane(end.reference.offset, 0)
+    endings[at + width] = lane(end.reference.floor, 0)
+    endings[at + 2 * width] = lane(end.reference.magic, 0)
+    endings[at + 3 * width] = lane(end.factor, 0)
+    endings[at + 4 * width] = lane(end.factor_low, 0)
+    endings[at + 5 * width] = lane(end.limit, 0)
+    endings[at + 6 * width] = lane(end.share, 0)
+
+
+def _strip_writer(operation):
+    """A function that writes n elements of adjacent rows from tiles."""
+
+    @jit
+    def write(tiles, tile_size, n_columns, n, endings, y, at, step, streaming):
+        width = lanes_in(register_of(y, 0.0))
+        streams = streaming and to_boundary(y, at) == 0 and step % width == 0
+        for element in range(n):
+            row = at + element * step
+            for t in range((n_columns + width - 1) // width):
+                v = load(tiles, t * tile_size + element * width, register_of(y, 0.0))
+                v = operation(v, load_ending(endings, t))
+                count = n_columns - t * width
+                if streams and count >= width:
+                    stream(y, row + t * width, v)
+                else:
+                    store_within(y, row + t * width, count, v)
+
+    return write
+
+
+write_scaled_strip, write_recomputed_strip, write_different_strip = map(_strip_writer, (scale, exp_and_scale, subtract))
+
+
+@jit
+def fold_long_strip(function, x, at, step, n_columns, n, tiles, tile_size, states, work):
+    """Write the states of adjacent rows of more than a chunk."""
+    width = lanes_in(register_of(x, 0.0))
+    for first in range(0, n, chunk_of(x)):
+        size = min(chunk_of(x), n - first)
+        copy_strip(x, at + first * step, step, n_columns, size, tiles, tile_size)
+        for t in range((n_columns + width - 1) // width):
+            tile = pointer_to(address_of(tiles, t * tile_size), x)
+            count = min(width, n_columns - t * width)
+            if function == SOFTMAX:
+                folded = without_top(fold_tile(tile, count, size, False, work))
+            else:
+                folded = fold_others_of_tile(tile, count, size, work)
+            for row in range(count):
+                state = state_in(folded, row)
+                i = 3 * (t * width + row)
+                if first:
+                    old = _state.State(states[i], states[i + 1], states[i + 2])
+                    state = _state.merge(old, state, constants(x).state)
+                states[i], states[i + 1], states[i + 2] = state
+
+
+@jit
+def end_long_strip(function, n_columns, states, endings, log_sums):
+    for column in range(n_columns):
+        state = load_state(states, column)
+        folded = folded_of(state, endings)
+        if function == SOFTMAX:
+            whole = with_top(folded)
+            put_ending(endings, column, normalize(whole.largest, whole.high, whole.low, whole.reference))
+        else:
+            log_sum = log_sum_of_row(state, folded)
+            log_sums[column] = state.maximum + log_sum
+            put_ending(endings, column, differences(folded.largest, register_of(endings, log_sum), folded.reference))
+
+
+@jit_entry
+def run_strips(
+    like, function, how, streaming, x_address, y_address, tables, n_kept, n_reduced, n, first_strip, end_strip, scratch
+):
+    """Run strips of adjacent rows."""
+    x, y, kept = pointer_to(x_address, like), pointer_to(y_address, like), pointer_to(tables, 0)
+    work = make_work(stack_memory(BYTES_OF_WORK), like)
+    width, room = lanes_in(register_of(x, 0.0)), scratch
+    columns = columns_of_strip(x)
+    endings, log_sums = pointer_to(room, like), pointer_to(room + ENDINGS_BYTES, like)
+    states = pointer_to(room + ENDINGS_BYTES + STRIP_BYTES, 0.0)
+    tiles = pointer_to(room + ENDINGS_BYTES + STRIP_BYTES + STATES_BYTES, like)
+    inner, x_step, y_step = kept[(n_kept - 1) * COLUMNS + SIZE], kept[n_kept * COLUMNS + X], kept[n_kept * COLUMNS + Y]
+    per_inner = (inner + columns - 1) // columns
+    # One more than a chunk, for another set of the cache.
+    tile_size = (min(n, chunk_of(x)) + 1) * width
+    for strip in range(first_strip, end_strip):
+        column = strip % per_inner * columns
+        n_columns = min(columns, inner - column)
+        at = offset_of(strip // per_inner, kept, n_kept - 1, X) + column
+        y_at = offset_of(strip // per_inner, kept, n_kept - 1, Y) + column
+        if n > chunk_of(x):
+            fold_long_strip(function, x, at, x_step, n_columns, n, tiles, tile_size, states, work)
+            end_long_strip(function, n_columns, states, endings, log_sums)
+        else:
+            copy_strip(x, at, x_step, n_columns, n, tiles, tile_size)
+            for t in range((n_columns + width - 1) // width):
+                tile = pointer_to(address_of(tiles, t * tile_size), like)
+                results = pointer_to(address_of(log_sums, t * width), like)
+                count = min(width, n_columns - t * width)
+                store_ending(endings, t, end_of_tile(function, tile, count, n, results, work))
+        if function == LOGSUMEXP:
+            for i in range(n_columns):
+                y[y_at + i] = log_sums[i]
+            continue
+        for first in range(0, n, chunk_of(x)):
+            size = min(chunk_of(x), n - first)
+            if n > chunk_of(x):
+                copy_strip(x, at + first * x_step, x_step, n_columns, size, tiles, tile_size)
+            place = y_at + first * y_step
+            if function == LOG_SOFTMAX:
+                write_different_strip(tiles, tile_size, n_columns, size, endings, y, place, y_step, streaming)
+            elif n > chunk_of(x):
+                write_recomputed_strip(tiles, tile_size, n_columns, size, endings, y, place, y_step, streaming)
+            else:
+                write_scaled_strip(tiles, tile_size, n_columns, size, endings, y, place, y_step, streaming)

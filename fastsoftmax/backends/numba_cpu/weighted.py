@@ -1,0 +1,150 @@
+"""The kernel for logsumexp with factors: sums of b * exp(a), gathered a chunk at a time and computed in float64.
+
+These are loops over scalars, which LLVM vectorises.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastsoftmax import _state
+from fastsoftmax._state import FLOAT64
+
+from .jit import inline, jit, jit_entry
+from .registers import pointer_to
+from .rows import COLUMNS, X, Y, collect, offset_of
+
+CHUNK = 4096
+BYTES_OF_WEIGHTED = 2 * CHUNK * 8
+
+# Running sums of a row.
+_LANES = 16
+
+
+@inline
+def _power_of_two(shifted):
+    """2**n, where the lowest bits of ``shifted`` are n plus the exponent bias."""
+    return np.int64(np.float64(shifted).view(np.int64) << np.int64(52)).view(np.float64)
+
+
+@inline
+def _split_factor(b):
+    """b = significand * 2**exponent, with 1 <= |significand| < 2, for b other than 0."""
+    is_normal = abs(b) >= 2.0**-1022
+    normal, bias = (b, 1023.0) if is_normal else (b * 2.0**512, 1023.0 + 512.0)
+    bits = np.float64(normal).view(np.int64)
+    exponent = np.float64((bits >> np.int64(52)) & np.int64(0x7FF)) - bias
+    significand = (bits & ~np.int64(0x7FF << 52)) | np.int64(1023 << 52)
+    return np.int64(significand).view(np.float64), exponent
+
+
+@jit
+def _find_top(a, b, n):
+    """The index of one of the largest terms, -1 if all are 0; whether none is infinite or NaN.
+
+    Where b is 0, `a` becomes -inf.
+    """
+    highest, probe = -math.inf, 0.0
+    for j in range(n):
+        value = -math.inf if b[j] == 0.0 else a[j]
+        a[j] = value
+        highest = max(highest, value)
+        probe += (0.0 if value == -math.inf else value - value) + (b[j] - b[j])
+    top, largest = -1, -math.inf
+    for j in range(n):
+        _, exponent = _split_factor(b[j])
+        # Beside a large `a` the logarithm of the factor would not be seen.
+        size = (a[j] - highest) + exponent * math.log(2.0)
+        if size > largest:
+            top, largest = j, size
+    return top, probe == 0.0
+
+
+@jit
+def _sum_of_irregular(a, b, n):
+    """The sum of those terms that are infinite or NaN."""
+    total = 0.0
+    for j in range(n):
+        if b[j] != 0.0:
+            value = a[j]
+            term = b[j] * (1.0 if math.isfinite(value) else math.exp(value))
+            total += 0.0 if math.isfinite(term) else term
+    return total
+
+
+@jit
+def _store_products(a, b, n, offset, exponent):
+    """Replace a and b by the terms b * exp(a - offset) / 2**exponent and what rounding took from them."""
+    for j in range(n):
+        significand, b_exponent = _split_factor(b[j])
+        floor = (exponent - b_exponent - 1000.0) * math.log(2.0)
+        difference, error = _state.two_sum(a[j], -offset)
+        t = max(difference, floor)
+        p, low, shifted_k = _state.split(t, FLOAT64)
+        power = _power_of_two(shifted_k + (b_exponent + (1023.0 - exponent)))
+        p, low = p * power, low * power
+        term = p * significand
+        residue = _state.product_error(p, significand, term) + (low + p * error) * significand
+        is_zero = a[j] == -math.inf
+        a[j], b[j] = 0.0 if is_zero else term, 0.0 if is_zero else residue
+
+
+@jit
+def _sum_in_lanes(terms, residues, n):
+    """The sum of terms and residues in two parts: over every `_LANES`-th first, which LLVM does side by side."""
+    sums, rests = np.zeros(_LANES), np.zeros(_LANES)
+    for first in range(0, n, _LANES):
+        for j in range(min(_LANES, n - first)):
+            sums[j], error = _state.two_sum(sums[j], terms[first + j])
+            rests[j] += error + residues[first + j]
+    total = rest = 0.0
+    for j in range(_LANES):
+        total, error = _state.two_sum(total, sums[j])
+        rest += error + rests[j]
+    return total, rest
+
+
+@jit
+def _fold_weighted_chunk(a, b, n, row_offset):
+    """The state of a chunk of terms, which are overwritten."""
+    top, is_regular = _find_top(a, b, n)
+    if not is_regular:
+        return _state.WeightedState(-math.inf, 1.0, -math.inf, 0.0, _sum_of_irregular(a, b, n), 0.0)
+    if top < 0:
+        return _state.weighted_identity()
+    a_top, b_top = a[top], b[top]
+    a[top] = -math.inf
+    offset = row_offset if abs(a_top - row_offset) <= _state.WEIGHTED_REACH else a_top
+    _, b_exponent = _split_factor(b_top)
+    exponent = np.rint((a_top - offset) * FLOAT64.log2e) + b_exponent - _state.WEIGHTED_TOP
+    _store_products(a, b, n, offset, exponent)
+    total, rest = _sum_in_lanes(a, b, n)
+    return _state.WeightedState(a_top, b_top, offset, exponent, total, rest)
+
+
+@jit_entry
+def run_weighted(
+    like, a_address, b_address, y_address, signs_address, tables, n_kept, n_reduced, n, first_row, end_row, scratch
+):
+    """Run rows; the tables of the factors follow those of the input, and there are signs where they have an address."""
+    a, b = pointer_to(a_address, like), pointer_to(b_address, like)
+    y, signs = pointer_to(y_address, like), pointer_to(signs_address, like)
+    terms, factors = pointer_to(scratch, 0.0), pointer_to(scratch + CHUNK * 8, 0.0)
+    row_bytes = COLUMNS * 8
+    a_kept, a_reduced = pointer_to(tables, 0), pointer_to(tables + n_kept * row_bytes, 0)
+    b_kept = pointer_to(tables + (n_kept + n_reduced) * row_bytes, 0)
+    b_reduced = pointer_to(tables + (2 * n_kept + n_reduced) * row_bytes, 0)
+    for row in range(first_row, end_row):
+        state = _state.weighted_identity()
+        for first in range(0, n, CHUNK):
+            size = min(CHUNK, n - first)
+            collect(a, offset_of(row, a_kept, n_kept, X), a_reduced, n_reduced, first, size, terms, 0)
+            collect(b, offset_of(row, b_kept, n_kept, X), b_reduced, n_reduced, first, size, factors, 0)
+            state = _state.merge_weighted(state, _fold_weighted_chunk(terms, factors, size, state.offset))
+        log_sum, sign = _state.weighted_logsumexp(state)
+        y_at = offset_of(row, a_kept, n_kept, Y)
+        y[y_at] = log_sum if signs_address or sign >= 0.0 else math.nan
+        if signs_address:
+            signs[y_at] = sign
