@@ -1,5 +1,7 @@
 """How long does a call take, for each shape, axis, dtype and contender?"""
 
+import fastsoftmax
+from fastsoftmax._bench import parse_case
 from fastsoftmax._schedule import max_threads
 
 from .common import CONTENDER_NAMES, prepare_warm
@@ -33,3 +35,27 @@ class OtherFunctions:
 
     def time_call(self, function, shape, dtype, contender):
         self.call()
+
+
+class Derivatives:
+    params = (
+        ["softmax", "log_softmax", "logsumexp"],
+        ["10", "64x1000", "1024x1024", "8192x4096", "4096x4096@0"],
+        ["float32", "float64"],
+        ["cython", "numba", "numpy"],
+    )
+    param_names = ("function", "shape", "dtype", "backend")
+    repeat = (2, 10, 0.5)
+    warmup_time = 0.05
+
+    def setup(self, function, shape, dtype, backend):
+        case = parse_case(shape, dtype)
+        x = case.data()
+        result = getattr(fastsoftmax, function)(x, case.axis)
+        self.vjp, self.axis, self.out = getattr(fastsoftmax, f"{function}_vjp"), case.axis, x.copy()
+        self.operands = (x, result) if function == "logsumexp" else (result, x)
+        self.backend = backend
+        self.time_call(function, shape, dtype, backend)
+
+    def time_call(self, function, shape, dtype, backend):
+        self.vjp(*self.operands, self.axis, out=self.out, backend=self.backend)

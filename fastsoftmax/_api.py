@@ -215,7 +215,7 @@ def logsumexp(
     working, dtype = _dtypes(terms.dtype, "logsumexp")
     if b is not None:
         factors = _numbers(b, "b")
-        working, dtype = _dtypes(_common_dtype(a, terms, b, factors), "logsumexp")
+        working, dtype = _dtypes(_common_dtype("a", a, terms, "b", b, factors), "logsumexp")
         terms, factors = _broadcast(readable(terms, working), readable(factors, working))
     axes = normalize_axes(axis, terms.ndim)
     module = select(working, terms.size, backend)
@@ -267,7 +267,7 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
     return _deliver(target, out, result)
 
 
-def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> np.dtype[Any]:
+def _common_dtype(a_name: str, a: ArrayLike, terms: Array, b_name: str, b: ArrayLike, factors: Array) -> np.dtype[Any]:
     """Return the dtype that a and b combine to; a Python number takes that of the other, as everywhere in NumPy."""
     operands = [
         value if type(value) is complex else _dtypes(array.dtype, "logsumexp")[1]
@@ -277,7 +277,8 @@ def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> n
     try:
         return np.result_type(*operands or [_FLOAT64])
     except TypeError:
-        raise TypeError(f"b of dtype {factors.dtype} does not combine with a of dtype {terms.dtype}") from None
+        message = f"{b_name} of dtype {factors.dtype} does not combine with {a_name} of dtype {terms.dtype}"
+        raise TypeError(message) from None
 
 
 def _broadcast(terms: Array, factors: Array) -> tuple[Array, Array]:

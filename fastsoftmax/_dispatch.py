@@ -22,7 +22,10 @@ import numpy as np
 from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Schedule
 
-Function = Literal["softmax", "log_softmax", "logsumexp", "weighted_logsumexp"]
+Function = Literal[
+    "softmax", "log_softmax", "logsumexp", "weighted_logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"
+]
+VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,12 @@ class Plan:
 
 
 class Factors(NamedTuple):
-    """What a weighted sum has besides its input and its output.
+    """What a weighted sum, or a vector-Jacobian product, has besides its input and its output.
 
     Parameters
     ----------
     b : ndarray
-        The factors of the exponentials, of the shape and dtype of the input.
+        The factors of the exponentials, or the gradient, of the shape and dtype of the input.
     sign : ndarray or None
         Where the signs of the sums go, with the strides of the output. Where it is None, the logarithm of a negative
         sum is NaN.
@@ -73,6 +76,12 @@ class DirectCalls(Protocol):
     def direct_log_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
 
     def direct_logsumexp(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+    def direct_softmax_vjp(self, p: object, g: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+    def direct_log_softmax_vjp(
+        self, log_p: object, g: object, axis: object, out: object, backend: object
+    ) -> Array | None: ...
 
     def forget_schedules(self) -> None: ...
 

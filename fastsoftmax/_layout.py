@@ -139,15 +139,17 @@ def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = Non
     return Layout(_fuse(kept), _fuse(reduced) or (Dimension(1, x.itemsize, x.itemsize),), x.itemsize)
 
 
-def c_order_layout(outer: int, n: int, inner: int, itemsize: int, is_reduced: bool = False) -> Layout:
+def c_order_layout(
+    outer: int, n: int, inner: int, itemsize: int, is_reduced: bool = False, has_b: bool = False
+) -> Layout:
     """Lay out an array in C order, as ``outer`` by ``n`` by ``inner``, as rows along its middle axis.
 
-    The output is in C order too; if ``is_reduced``, it has one element for each row.
+    The output is in C order too; if ``is_reduced``, it has one element for each row. So is b, if it ``has_b``.
     """
     x_row, x_outer = inner * itemsize, n * inner * itemsize
     y_row, y_outer = (0, x_row) if is_reduced else (x_row, x_outer)
-    kept = (Dimension(outer, x_outer, y_outer), Dimension(inner, itemsize, itemsize))
-    return Layout(tuple(d for d in kept if d.size > 1), (Dimension(n, x_row, y_row),), itemsize)
+    kept = (Dimension(outer, x_outer, y_outer, x_outer * has_b), Dimension(inner, itemsize, itemsize, itemsize * has_b))
+    return Layout(tuple(d for d in kept if d.size > 1), (Dimension(n, x_row, y_row, x_row * has_b),), itemsize)
 
 
 def _fuse(dimensions: list[Dimension]) -> tuple[Dimension, ...]:

@@ -42,6 +42,9 @@ cdef enum Function:
     SOFTMAX
     LOG_SOFTMAX
     LOGSUMEXP
+    SOFTMAX_VJP
+    LOG_SOFTMAX_VJP
+    LOGSUMEXP_VJP
 
 cdef enum Traversal:
     ROWS
@@ -247,6 +250,7 @@ cdef inline void run_row(
 
 
 include "direct_calls.pxi"
+include "derivatives.pxi"
 
 
 # The state as Python sees it, for the tests of its laws: a tuple (maximum, offset, exponent, high, low).

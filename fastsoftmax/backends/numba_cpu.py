@@ -34,7 +34,7 @@ except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
 from fastsoftmax import _state
-from fastsoftmax._dispatch import Factors, Function, Plan
+from fastsoftmax._dispatch import VJPS, Factors, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import (
@@ -848,6 +848,8 @@ def _schedule(function: Function, layout: Layout) -> Schedule:
         pass
     elif layout.has_contiguous_rows:
         traversal = "rows"
+    elif function in VJPS and layout.has_adjacent_rows and layout.kept[-1].b_stride != layout.itemsize:
+        pass
     elif layout.has_adjacent_rows and layout.kept[-1].size >= MIN_STRIP:
         traversal = "strips"
         width = _strip_width(layout)
@@ -865,6 +867,10 @@ def _strip_width(layout: Layout) -> int:
 
 
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+    if factors is not None and plan.function in VJPS:
+        from fastsoftmax.backends import numba_derivatives  # not above: it imports this module
+
+        return numba_derivatives.run(plan, layout, x, factors.b, out)
     schedule, n_blocks, n_cols = plan.schedule, plan.schedule.n_blocks, layout.n_cols
     kept, reduced = _table(layout.kept, layout.itemsize), _table(layout.reduced, layout.itemsize)
     source, target = _elements(x), _elements(out)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from fastsoftmax._dispatch import Factors, Function, Plan
+from fastsoftmax._dispatch import VJPS, Factors, Function, Plan
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
 
@@ -31,7 +31,10 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
     dimensions = layout.kept + layout.reduced
     with np.errstate(all="ignore"):
         rows = _rows(x, layout, [d.x_stride for d in dimensions])
-        if factors is not None:
+        if factors is not None and plan.function in VJPS:
+            g = _rows(factors.b, layout, [d.b_stride for d in dimensions])
+            _write(_VJP_ROWS[plan.function](rows, g), out, dimensions)
+        elif factors is not None:
             log_sum, sign = weighted_logsumexp_rows(rows, _rows(factors.b, layout, [d.b_stride for d in dimensions]))
             if factors.sign is None:
                 log_sum = log_sum + np.log(sign) if np.iscomplexobj(x) else np.where(sign < 0, np.nan, log_sum)
@@ -135,3 +138,28 @@ def weighted_logsumexp_rows(a: Array, b: Array) -> tuple[Array, Array]:
     log_sum = np.where(empty, -np.inf, log_sum)
     sign = np.where(empty, 0, sign)
     return np.where(invalid, np.nan, log_sum)[..., 0], np.where(invalid, np.nan, sign)[..., 0]
+
+
+def softmax_vjp_rows(p: Array, g: Array) -> Array:
+    """p * (g - sum(p * g)) over the last axis; 0 where p is, whatever g."""
+    total = np.where(p == 0, 0, p * g).sum(axis=-1, keepdims=True)
+    return np.where(p == 0, 0, p * (g - total))
+
+
+def log_softmax_vjp_rows(log_p: Array, g: Array) -> Array:
+    """g - exp(log_p) * sum(g) over the last axis; g where the probability is 0."""
+    p = np.exp(log_p)
+    return np.where(p == 0, g, g - p * g.sum(axis=-1, keepdims=True))
+
+
+def logsumexp_vjp_rows(a: Array, g: Array) -> Array:
+    """g * softmax(a) over the last axis; 0 where the probability is, whatever g."""
+    p = softmax_rows(a)
+    return np.where(p == 0, 0, g * p)
+
+
+_VJP_ROWS = {
+    "softmax_vjp": softmax_vjp_rows,
+    "log_softmax_vjp": log_softmax_vjp_rows,
+    "logsumexp_vjp": logsumexp_vjp_rows,
+}
