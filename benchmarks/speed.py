@@ -1,5 +1,7 @@
 """How long does a call take, for each shape, axis, dtype and contender?"""
 
+import numpy as np
+
 import fastsoftmax
 from fastsoftmax._bench import parse_case
 from fastsoftmax._schedule import max_threads
@@ -59,3 +61,22 @@ class Derivatives:
 
     def time_call(self, function, shape, dtype, backend):
         self.vjp(*self.operands, self.axis, out=self.out, backend=self.backend)
+
+
+class CrossEntropy:
+    params = (["64x1000", "1024x1024", "512x50257"], ["loss", "gradient"], ["cython", "numba", "numpy"])
+    param_names = ("shape", "result", "backend")
+    repeat = (2, 10, 0.5)
+    warmup_time = 0.05
+
+    def setup(self, shape, result, backend):
+        self.logits = parse_case(shape, "float32").data()
+        n_rows, n_classes = self.logits.shape
+        self.labels = np.random.default_rng(0).integers(0, n_classes, n_rows)
+        self.options = {"backend": backend}
+        if result == "gradient":
+            self.options |= {"return_grad": True, "grad_out": self.logits.copy()}
+        self.time_call(shape, result, backend)
+
+    def time_call(self, shape, result, backend):
+        fastsoftmax.softmax_cross_entropy(self.logits, self.labels, **self.options)

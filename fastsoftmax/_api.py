@@ -333,20 +333,20 @@ def _read_as(module: BackendModule, x: Array, working: np.dtype[Any]) -> np.dtyp
     return x.dtype.newbyteorder("=") if x.dtype.name in module.READS else working
 
 
-def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse an ``out`` that cannot take a result of ``shape`` and ``dtype``."""
+def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> None:
+    """Refuse an ``out`` (called ``name``) that cannot take a result of ``shape`` and ``dtype``."""
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+        raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
     if isinstance(out, np.ma.MaskedArray):
-        raise TypeError("out must not be a masked array")
+        raise TypeError(f"{name} must not be a masked array")
     if out.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"out must have dtype {dtype}, not {out.dtype}")
+        raise TypeError(f"{name} must have dtype {dtype}, not {out.dtype}")
     if out.shape != shape:
-        raise ValueError(f"out must have shape {shape}, not {out.shape}")
+        raise ValueError(f"{name} must have shape {shape}, not {out.shape}")
     if not out.flags.writeable:
-        raise ValueError("out is read-only")
+        raise ValueError(f"{name} is read-only")
     if out.size and any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True)):
-        raise ValueError("out is a broadcast view: several of its elements share one place in memory")
+        raise ValueError(f"{name} is a broadcast view: several of its elements share one place in memory")
 
 
 def _is_writable_as(out: Array, dtype: DTypeLike) -> bool:

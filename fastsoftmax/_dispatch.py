@@ -23,7 +23,14 @@ from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Schedule
 
 Function = Literal[
-    "softmax", "log_softmax", "logsumexp", "weighted_logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"
+    "softmax",
+    "log_softmax",
+    "logsumexp",
+    "weighted_logsumexp",
+    "softmax_vjp",
+    "log_softmax_vjp",
+    "logsumexp_vjp",
+    "softmax_cross_entropy",
 ]
 VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"})
 
@@ -54,6 +61,35 @@ class Factors(NamedTuple):
     sign: Array | None
 
 
+class CrossEntropy(NamedTuple):
+    """What a cross-entropy has besides its logits, its gradient and its losses.
+
+    Parameters
+    ----------
+    probabilities : ndarray or None
+        The targets, of the shape and dtype of the logits; None where they are labels.
+    labels : ndarray or None
+        int64, one for each row in the order of the axes; -1 where a row does not count.
+    weights : ndarray or None
+        float64, one for each class.
+    spread : ndarray or None
+        What smoothing adds to the factor of each class beside a label, in the dtype that is computed in.
+    smoothing, scale, z_scale : float
+        The label smoothing; what the losses and the squares of the logarithms are multiplied by.
+    softcap : float
+        0 for none.
+    """
+
+    probabilities: Array | None
+    labels: Array | None
+    weights: Array | None
+    spread: Array | None
+    smoothing: float
+    scale: float
+    z_scale: float
+    softcap: float
+
+
 class BackendModule(Protocol):
     """What a module in `fastsoftmax.backends` offers.
 
@@ -66,6 +102,10 @@ class BackendModule(Protocol):
     def plan(self, function: Function, layout: Layout, in_place: bool) -> Plan: ...
 
     def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
+
+    def run_cross_entropy(
+        self, plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+    ) -> None: ...
 
 
 class DirectCalls(Protocol):
@@ -312,5 +352,15 @@ def execute(
     """Plan one call, run it, and tell the recorder, if there is one, what served it."""
     plan = module.plan(function, layout, in_place)
     module.run(plan, layout, x, out, factors)
+    if (plans := choices.get().plans) is not None:
+        plans.append(plan)
+
+
+def execute_cross_entropy(
+    module: BackendModule, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+) -> None:
+    """`execute` for a cross-entropy, which has more operands."""
+    plan = module.plan("softmax_cross_entropy", layout, gradient is x)
+    module.run_cross_entropy(plan, layout, x, gradient, losses, terms)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)

@@ -15,6 +15,7 @@ SMALL_CASES = (
     r"speed\.Softmax.*\('64x1000', 'float32', 'fastsoftmax:numpy'",
     r"speed\.OtherFunctions.*\('logsumexp', '1024x1024', 'float32', 'numpy'",
     r"speed\.Derivatives.*\('softmax', '64x1000', 'float32', 'numpy'",
+    r"speed\.CrossEntropy.*\('64x1000', 'gradient', 'numpy'",
     r"overhead\.SmallCall.*\('10', 'float64', 'scipy'",
     r"overhead\.Import.*\('numpy'",
     r"bandwidth\.Bandwidth.*\('100000x128', 'float32', 1, 'copy:numpy'",

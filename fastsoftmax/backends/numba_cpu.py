@@ -34,7 +34,7 @@ except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
 from fastsoftmax import _state
-from fastsoftmax._dispatch import VJPS, Factors, Function, Plan
+from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import (
@@ -844,7 +844,7 @@ def _schedule(function: Function, layout: Layout) -> Schedule:
     n_threads = min(n_threads, max_threads()) if n_threads > 1 else 1
     traversal: Traversal = "gather"
     n_units, unit_bytes = layout.n_rows, layout.n_cols * layout.itemsize
-    if function == "weighted_logsumexp":
+    if function in ("weighted_logsumexp", "softmax_cross_entropy"):
         pass
     elif layout.has_contiguous_rows:
         traversal = "rows"
@@ -901,6 +901,14 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
         run_units(n_units * block // n_blocks, n_units * (block + 1) // n_blocks)
 
     run_blocks(run_block, n_blocks, schedule.n_threads)
+
+
+def run_cross_entropy(
+    plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+) -> None:
+    from fastsoftmax.backends import numba_cross_entropy  # not above: it imports this module
+
+    numba_cross_entropy.run(plan, layout, x, gradient, losses, terms)
 
 
 def _of_factors(dimensions: tuple[Dimension, ...]) -> tuple[Dimension, ...]:
