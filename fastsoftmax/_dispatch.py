@@ -31,8 +31,11 @@ Function = Literal[
     "log_softmax_vjp",
     "logsumexp_vjp",
     "softmax_cross_entropy",
+    "dense_cross_entropy",
 ]
 VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"})
+# The dense one has probabilities for targets, or capped logits.
+CROSS_ENTROPIES: frozenset[Function] = frozenset({"softmax_cross_entropy", "dense_cross_entropy"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +363,8 @@ def execute_cross_entropy(
     module: BackendModule, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
 ) -> None:
     """`execute` for a cross-entropy, which has more operands."""
-    plan = module.plan("softmax_cross_entropy", layout, gradient is x)
+    is_dense = terms.labels is None or terms.softcap > 0
+    plan = module.plan("dense_cross_entropy" if is_dense else "softmax_cross_entropy", layout, gradient is x)
     module.run_cross_entropy(plan, layout, x, gradient, losses, terms)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)

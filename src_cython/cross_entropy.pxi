@@ -7,7 +7,8 @@ label, by another:
     loss      sum(factor * ((m - x) + log(d))) * scale + z_scale * (m + log(d))**2
     gradient  softmax(x) * (sum(factor) * scale + 2 * z_scale * (m + log(d))) - factor * scale
 
-A row is read for its state, and again to be written, from the cache if it fits there.
+A row is read for its state, and again to be written, from the cache if it fits there. Adjacent rows with labels are run
+side by side, each in a lane of its own.
 """
 
 
@@ -23,6 +24,7 @@ cdef struct CrossEntropy:
     double scale
     double z_scale
     double softcap  # 0 for none
+    Traversal traversal
     bint is_gathered
     bint streaming
     Storage storage
@@ -66,7 +68,8 @@ def run_cross_entropy(
     call.weights, call.spread = <const double*>data_of(weights), data_of(spread)
     call.losses = <double*>cnp.PyArray_DATA(losses)
     call.smoothing, call.scale, call.z_scale, call.softcap = smoothing, scale, z_scale, softcap
-    call.is_gathered, call.streaming, call.storage = traversal == GATHER, streaming, <Storage>storage
+    call.traversal, call.is_gathered = <Traversal>traversal, traversal == GATHER
+    call.streaming, call.storage = streaming, <Storage>storage
     call.is_single, call.n_blocks, call.lacks_memory = cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64, n_blocks, False
     call.kept, call.row = dimensions(kept), dimensions(reduced)
     call.targets_kept, call.targets_row = dimensions_of_factors(kept), dimensions_of_factors(reduced)
@@ -83,11 +86,18 @@ cdef void run_cross_entropy_block(void* context, Py_ssize_t block) noexcept nogi
     cdef CrossEntropy* call = <CrossEntropy*>context
     cdef Py_ssize_t n = total_size(&call.row), n_rows = total_size(&call.kept), row
     cdef Py_ssize_t room = (n + 1) * (4 if call.is_single else 8)
-    cdef char* scratch = <char*>malloc(2 * room)
+    cdef char* scratch
+    block += call.first
+    if call.traversal == STRIPS:
+        if call.is_single:
+            run_cross_entropy_strips(<const f32v*>NULL, call, n, block)
+        else:
+            run_cross_entropy_strips(<const f64v*>NULL, call, n, block)
+        return
+    scratch = <char*>malloc(2 * room)
     if scratch == NULL:
         call.lacks_memory = True
         return
-    block += call.first
     for row in range(n_rows * block // call.n_blocks, n_rows * (block + 1) // call.n_blocks):
         if call.is_single:
             run_cross_entropy_row(call, row, n, <f32v*>scratch, <f32v*>(scratch + room))
@@ -296,3 +306,173 @@ cdef inline void write_cross_entropy_elements(
             else:
                 store(<vec*>at(<const vec*>y, i) + j, v[j])
         i += count
+
+
+# Strips: adjacent rows with labels, and without capping
+
+
+cdef void run_cross_entropy_strips(
+    const vec* like, const CrossEntropy* call, Py_ssize_t n, Py_ssize_t block
+) noexcept nogil:
+    """Run one of the equal parts of a call."""
+    cdef Dimensions kept = call.kept
+    cdef Py_ssize_t x_offset, y_offset, inner, n_strips, n_units, unit, column
+    cdef Strip strip
+    kept.count -= 1
+    inner = kept.size[kept.count]
+    n_strips = (inner + strip_columns(like) - 1) // strip_columns(like)
+    n_units = total_size(&kept) * n_strips
+    strip.storage, strip.x_stride, strip.y_stride = call.storage, call.row.x_stride[0], call.row.y_stride[0]
+    strip.g, strip.g_stride = NULL, 0
+    for unit in range(n_units * block // call.n_blocks, n_units * (block + 1) // call.n_blocks):
+        locate(&kept, unit // n_strips, &x_offset, &y_offset)
+        column = unit % n_strips * strip_columns(like)
+        strip.n_columns = <int>min(inner - column, <Py_ssize_t>strip_columns(like))
+        strip.x = <const char*>call.x + x_offset + column * stored_size(call.storage, like)
+        strip.y = NULL
+        if call.y != NULL:
+            strip.y = <char*>call.y + y_offset + column * stored_size(call.storage, like)
+        run_cross_entropy_strip(like, call, &strip, n, unit // n_strips * inner + column)
+
+
+cdef void run_cross_entropy_strip(
+    const vec* like, const CrossEntropy* call, const Strip* strip, Py_ssize_t n, Py_ssize_t first_row
+) noexcept nogil:
+    """Run a strip whose first column is the row of this number."""
+    cdef vec[MAX_TILES] largest, highs, lows, is_left, sums, sum_lows, factors, factor_lows, sizes, counted
+    cdef vec[REFERENCE * MAX_TILES] references
+    cdef vec[FINISHERS] finishers
+    cdef vec[GROUP] x, terms, residuals
+    cdef vec zero = splat(0.0, like), one = splat(1.0, like), top, top_low, error, ratio, ratio_low, spread = zero
+    cdef double[MAX_COLUMNS] of_labels
+    cdef int n_tiles = (strip.n_columns + lanes(like) - 1) // lanes(like), t, j, count, column
+    cdef double factor_sum = 0.0, log_sum_of_row
+    cdef Py_ssize_t element
+    for t in range(n_tiles):
+        largest[t], is_left[t] = splat(-INFINITY, like), one
+        highs[t] = lows[t] = sums[t] = sum_lows[t] = zero
+    for element in range(n):
+        if call.spread != NULL:
+            factor_sum += get(<const vec*>call.spread, element)
+        for t in range(n_tiles):
+            # In this order of operands a NaN is passed over; it turns up in the sum.
+            largest[t] = maximum(load_x(strip, element, t, -INFINITY, like), largest[t])
+    for t in range(n_tiles):
+        reference_at(largest[t], zero, references + t * REFERENCE)
+    for element in range(n):
+        if call.spread != NULL:
+            spread = splat(get(<const vec*>call.spread, element), like)
+        t = 0
+        while t < n_tiles:
+            count = GROUP if t + GROUP <= n_tiles else 1
+            for j in range(count):
+                x[j] = load_x(strip, element, t + j, -INFINITY, like)
+            if count == GROUP:
+                scaled_exp(x, terms, residuals, GROUP, references + t * REFERENCE, 1)
+            else:
+                scaled_exp(x, terms, residuals, 1, references + t * REFERENCE, 1)
+            for j in range(count):
+                # The first maximum is kept out of the sum, so that log1p of the rest has all digits.
+                top = where_at_most(largest[t + j], x[j], is_left[t + j], zero)
+                is_left[t + j] = is_left[t + j] - top
+                top = one - top
+                accumulate(&highs[t + j], &lows[t + j], terms[j] * top, residuals[j] * top)
+                if call.spread != NULL:
+                    fold_gradient(
+                        spread, where_nonzero(spread, largest[t + j] - x[j]), True, &sums[t + j], &sum_lows[t + j])
+            t += count
+    for t in range(n_tiles):
+        rest_over_top(largest[t], highs[t], lows[t], references + t * REFERENCE, &ratio, &ratio_low)
+        for j in range(columns_in(strip, t, like)):
+            column = t * lanes(like) + j
+            if fabs(get(&largest[t], j)) == INFINITY:
+                log_sum_of_row = INFINITY - INFINITY if column_has_nan(strip, column, n, like) else 0.0
+            else:
+                log_sum_of_row = log1p_of(get(&ratio, j), get(&ratio_low, j), like)
+            finish_label(
+                call, strip, n, first_row + column, column, get(&largest[t], j), log_sum_of_row,
+                get(&sums[t], j) + get(&sum_lows[t], j), factor_sum, &sizes[t], &counted[t], &of_labels[column])
+        scaled_exp(&largest[t], &top, &top_low, 1, references + t * REFERENCE, 0)
+        highs[t] = two_sum(highs[t], top, &error)
+        # NaN for a maximum of -inf or +inf
+        highs[t] = highs[t] + (largest[t] - largest[t])
+        normalize(largest[t], highs[t], lows[t] + (top_low + error), references + t * REFERENCE, finishers)
+        factors[t], factor_lows[t] = finishers[FACTOR], finishers[FACTOR_LOW]
+    if strip.y == NULL:
+        return
+    for element in range(n):
+        if call.spread != NULL:
+            spread = splat(get(<const vec*>call.spread, element) * call.scale, like)
+        t = 0
+        while t < n_tiles:
+            count = GROUP if t + GROUP <= n_tiles else 1
+            for j in range(count):
+                x[j] = load_x(strip, element, t + j, -INFINITY, like)
+            if count == GROUP:
+                scaled_exp(x, terms, <vec*>NULL, GROUP, references + t * REFERENCE, 1)
+            else:
+                scaled_exp(x, terms, <vec*>NULL, 1, references + t * REFERENCE, 1)
+            for j in range(count):
+                top = times_plus(terms[j], factors[t + j], terms[j] * factor_lows[t + j])
+                top = where_nonzero(counted[t + j], times_plus(top, sizes[t + j], -spread))
+                store_y(strip, element, t + j, top, False)
+            t += count
+    for column in range(strip.n_columns):
+        element = call.labels[first_row + column]
+        if element >= 0 and fabs(get(largest + column // lanes(like), column % lanes(like))) < INFINITY:
+            store_stored(
+                strip.y + element * strip.y_stride + column * stored_size(strip.storage, like),
+                splat(of_labels[column], like), 1, strip.storage)
+
+
+cdef inline double in_column(const Strip* strip, Py_ssize_t element, int column, const vec* like) noexcept nogil:
+    return lane(
+        load_stored(
+            strip.x + element * strip.x_stride + column * stored_size(strip.storage, like), 1, splat(0.0, like),
+            strip.storage),
+        0)
+
+
+cdef bint column_has_nan(const Strip* strip, int column, Py_ssize_t n, const vec* like) noexcept nogil:
+    cdef Py_ssize_t element
+    for element in range(n):
+        if in_column(strip, element, column, like) != in_column(strip, element, column, like):
+            return True
+    return False
+
+
+cdef void finish_label(
+    const CrossEntropy* call, const Strip* strip, Py_ssize_t n, Py_ssize_t row, int column, double largest,
+    double log_sum_of_row, double spread_sum, double factor_sum, vec* size, vec* counted, double* of_label
+) noexcept nogil:
+    """Write the loss of one column, and set what its gradient needs."""
+    cdef const vec* like = size
+    cdef Py_ssize_t label = call.labels[row], element
+    cdef int in_tile = column % lanes(like)
+    cdef double factor, spread, log_p, loss = 0.0, total = largest + log_sum_of_row
+    put(counted, in_tile, 1.0 if label >= 0 else 0.0)
+    if label < 0:
+        call.losses[row] = 0.0
+        put(size, in_tile, 0.0)
+        return
+    factor = (1.0 - call.smoothing) * (1.0 if call.weights == NULL else call.weights[label])
+    log_p = (in_column(strip, label, column, like) - largest) - log_sum_of_row
+    if call.spread != NULL:
+        if not fabs(spread_sum) < INFINITY:
+            spread_sum = 0.0
+            for element in range(n):
+                spread = get(<const vec*>call.spread, element)
+                if spread != 0.0:
+                    spread_sum += spread * (largest - in_column(strip, element, column, like))
+        loss = spread_sum + factor_sum * log_sum_of_row
+    if factor != 0.0:
+        loss -= factor * log_p
+    call.losses[row] = loss * call.scale
+    if call.z_scale != 0.0:
+        call.losses[row] += call.z_scale * total * total
+    put(size, in_tile, (factor_sum + factor) * call.scale + 2.0 * call.z_scale * total)
+    # p - 1 has its digits only where it is computed as such.
+    of_label[0] = factor * call.scale * expm1(log_p) + (
+        factor_sum * call.scale + 2.0 * call.z_scale * total) * exp(log_p)
+    if call.spread != NULL:
+        of_label[0] -= call.scale * get(<const vec*>call.spread, label)

@@ -121,9 +121,10 @@ def test_accuracy(backend, kind, dtype, rng, shape, axis, options):
 
 @pytest.mark.parametrize("offset", [0, 1e4, -3e4])
 @pytest.mark.parametrize("scale", [0.01, 50, 400])
-def test_wide_logits(backend, dtype, rng, scale, offset):
+@pytest.mark.parametrize("layout", ["C", "Fortran"])
+def test_wide_logits(backend, dtype, rng, scale, offset, layout):
     """Losses far from 1 have all their digits, and so has a label's gradient where its probability is nearly 1."""
-    logits = (rng.normal(size=(50, 300)) * scale + offset).astype(dtype)
+    logits = LAYOUTS[layout]((rng.normal(size=(50, 300)) * scale + offset).astype(dtype))
     labels = np.where(rng.random(50) < 0.5, logits.argmax(1), rng.integers(0, 300, 50))
     arguments = {"axis": 1, "reduction": "none"}
     loss, gradient = softmax_cross_entropy(logits, labels, return_grad=True, **arguments)
@@ -198,6 +199,8 @@ def test_a_class_that_counts_nothing_adds_nothing(backend, dtype):
     weighted = softmax_cross_entropy(logits, [0, 2], weight=[1, 0, 1], reduction="none", label_smoothing=0.1)
     assert np.isfinite(weighted[0])
     assert weighted[1] == np.inf
+    strips = softmax_cross_entropy(logits.T.copy(), [0, 2], axis=0, reduction="none", label_smoothing=0.1)
+    assert (strips == np.inf).all()
 
 
 def test_a_label_of_no_probability(backend, dtype):
@@ -206,12 +209,17 @@ def test_a_label_of_no_probability(backend, dtype):
     assert gradient.tolist() == [1, -1]
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
-    ("row", "loss"), [([np.nan, 1, 2], np.nan), ([0, np.inf, 1], np.inf), ([-np.inf] * 3, np.nan)], ids=str
+    ("row", "loss"),
+    [([np.nan, 1, 2], np.nan), ([0, np.inf, 1], np.inf), ([0, np.inf, np.nan], np.nan), ([-np.inf] * 3, np.nan)],
+    ids=str,
 )
-def test_rows_without_probabilities(backend, dtype, row, loss):
+def test_rows_without_probabilities(backend, dtype, row, loss, axis):
     logits = np.array([[0, 0, 0], row], dtype)
-    losses, gradient = softmax_cross_entropy(logits, [0, 0], return_grad=True, reduction="none")
+    logits = logits.T.copy() if axis == 0 else logits
+    losses, gradient = softmax_cross_entropy(logits, [0, 0], axis=axis, return_grad=True, reduction="none")
+    gradient = gradient.T if axis == 0 else gradient
     np.testing.assert_allclose(losses, [np.log(3), loss], rtol=1e-6)
     assert np.isfinite(gradient[0]).all()
     assert np.isnan(gradient[1]).all()
@@ -228,11 +236,13 @@ def test_the_mean_of_nothing(backend, dtype, kind):
     assert np.isnan(loss)
 
 
-def test_ignored_rows_may_hold_anything(backend, dtype):
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ignored_rows_may_hold_anything(backend, dtype, axis):
     logits = np.array([[np.nan] * 3, [0, 0, 0]], dtype)
-    loss, gradient = softmax_cross_entropy(logits, [5, 0], ignore_index=5, z_loss=1, return_grad=True)
+    logits = logits.T.copy() if axis == 0 else logits
+    loss, gradient = softmax_cross_entropy(logits, [5, 0], axis=axis, ignore_index=5, z_loss=1, return_grad=True)
     np.testing.assert_allclose(loss, np.log(3) + np.log(3) ** 2, rtol=1e-6)
-    assert not gradient[0].any()
+    assert not (gradient[:, 0] if axis == 0 else gradient[0]).any()
 
 
 # dtypes, layouts, outputs
@@ -349,11 +359,31 @@ def test_any_number_of_threads_gives_the_same_bits(backend, kind, dtype, rng, mo
         monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", n_threads)
         with fastsoftmax.record_plans() as plans:
             results.append(softmax_cross_entropy(logits, targets, return_grad=True, **arguments))
-        assert [(plan.function, plan.backend) for plan in plans] == [("softmax_cross_entropy", backend.name)]
+        is_dense = kind == "probabilities" or "softcap" in options
+        function = "dense_cross_entropy" if is_dense else "softmax_cross_entropy"
+        assert [(plan.function, plan.backend) for plan in plans] == [(function, backend.name)]
         assert plans[0].schedule.n_threads == (int(n_threads) if backend.has_kernels else 1)
     for loss, gradient in results[1:]:
         assert loss == results[0][0]
         np.testing.assert_array_equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "options", "traversal"),
+    [
+        ((30, 20), 1, {}, "rows"),
+        ((20, 300), 0, {}, "strips"),
+        ((20, 300), 0, {"softcap": 1.0}, "gather"),
+        ((5, 20, 30), 1, {"label_smoothing": 0.1}, "strips"),
+    ],
+    ids=str,
+)
+def test_the_traversal(backend, dtype, rng, shape, axis, options, traversal):
+    logits, labels, arguments = case("labels", rng, shape, axis, dtype, options)
+    with fastsoftmax.record_plans() as plans:
+        softmax_cross_entropy(logits, labels, **arguments)
+    expected_traversals = {"cython": traversal, "numba": "gather", "numpy": "array"}
+    assert plans[0].schedule.traversal == expected_traversals[backend.name]
 
 
 def test_no_temporaries_of_the_size_of_the_logits(backend, kind, dtype, rng):

@@ -34,7 +34,7 @@ except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
 from fastsoftmax import _state
-from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan
+from fastsoftmax._dispatch import CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import (
@@ -844,7 +844,7 @@ def _schedule(function: Function, layout: Layout) -> Schedule:
     n_threads = min(n_threads, max_threads()) if n_threads > 1 else 1
     traversal: Traversal = "gather"
     n_units, unit_bytes = layout.n_rows, layout.n_cols * layout.itemsize
-    if function in ("weighted_logsumexp", "softmax_cross_entropy"):
+    if function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
     elif layout.has_contiguous_rows:
         traversal = "rows"
