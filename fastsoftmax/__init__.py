@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 from fastsoftmax._api import log_softmax, logsumexp, softmax
+from fastsoftmax._cross_entropy import softmax_cross_entropy
+from fastsoftmax._derivatives import log_softmax_vjp, logsumexp_vjp, softmax_jacobian, softmax_vjp
 from fastsoftmax._dispatch import BackendUnavailableError, Plan, available_backends, record_plans, use_backend
 from fastsoftmax._outputs import limit_output_cache
 from fastsoftmax._schedule import Schedule
@@ -18,9 +20,14 @@ __all__ = [
     "available_backends",
     "limit_output_cache",
     "log_softmax",
+    "log_softmax_vjp",
     "logsumexp",
+    "logsumexp_vjp",
     "record_plans",
     "softmax",
+    "softmax_cross_entropy",
+    "softmax_jacobian",
+    "softmax_vjp",
     "use_backend",
 ]
 

@@ -215,7 +215,7 @@ def logsumexp(
     working, dtype = _dtypes(terms.dtype, "logsumexp")
     if b is not None:
         factors = _numbers(b, "b")
-        working, dtype = _dtypes(_common_dtype(a, terms, b, factors), "logsumexp")
+        working, dtype = _dtypes(_common_dtype("a", a, terms, "b", b, factors), "logsumexp")
         terms, factors = _broadcast(readable(terms, working), readable(factors, working))
     axes = normalize_axes(axis, terms.ndim)
     module = select(working, terms.size, backend)
@@ -267,7 +267,7 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
     return _deliver(target, out, result)
 
 
-def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> np.dtype[Any]:
+def _common_dtype(a_name: str, a: ArrayLike, terms: Array, b_name: str, b: ArrayLike, factors: Array) -> np.dtype[Any]:
     """Return the dtype that a and b combine to; a Python number takes that of the other, as everywhere in NumPy."""
     operands = [
         value if type(value) is complex else _dtypes(array.dtype, "logsumexp")[1]
@@ -277,7 +277,8 @@ def _common_dtype(a: ArrayLike, terms: Array, b: ArrayLike, factors: Array) -> n
     try:
         return np.result_type(*operands or [_FLOAT64])
     except TypeError:
-        raise TypeError(f"b of dtype {factors.dtype} does not combine with a of dtype {terms.dtype}") from None
+        message = f"{b_name} of dtype {factors.dtype} does not combine with {a_name} of dtype {terms.dtype}"
+        raise TypeError(message) from None
 
 
 def _broadcast(terms: Array, factors: Array) -> tuple[Array, Array]:
@@ -334,24 +335,24 @@ def _read_as(module: BackendModule, x: Array, working: np.dtype[Any]) -> np.dtyp
     return x.dtype.newbyteorder("=") if is_read else working
 
 
-def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse an ``out`` that cannot take a result of ``shape`` and ``dtype``."""
+def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> None:
+    """Refuse an ``out`` (called ``name``) that cannot take a result of ``shape`` and ``dtype``."""
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+        raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
     if isinstance(out, np.ma.MaskedArray):
-        raise TypeError("out must not be a masked array")
+        raise TypeError(f"{name} must not be a masked array")
     if out.dtype != dtype and out.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"out must have dtype {dtype}, not {out.dtype}")
+        raise TypeError(f"{name} must have dtype {dtype}, not {out.dtype}")
     if out.shape != shape:
-        raise ValueError(f"out must have shape {shape}, not {out.shape}")
+        raise ValueError(f"{name} must have shape {shape}, not {out.shape}")
     if not out.flags.writeable:
-        raise ValueError("out is read-only")
+        raise ValueError(f"{name} is read-only")
     if (
         not out.flags.c_contiguous
         and out.size
         and any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True))
     ):
-        raise ValueError("out is a broadcast view: several of its elements share one place in memory")
+        raise ValueError(f"{name} is a broadcast view: several of its elements share one place in memory")
 
 
 def _is_writable_as(out: Array, dtype: DTypeLike) -> bool:

@@ -22,7 +22,20 @@ import numpy as np
 from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Schedule
 
-Function = Literal["softmax", "log_softmax", "logsumexp", "weighted_logsumexp"]
+Function = Literal[
+    "softmax",
+    "log_softmax",
+    "logsumexp",
+    "weighted_logsumexp",
+    "softmax_vjp",
+    "log_softmax_vjp",
+    "logsumexp_vjp",
+    "softmax_cross_entropy",
+    "dense_cross_entropy",
+]
+VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"})
+# The dense one has probabilities for targets, or capped logits.
+CROSS_ENTROPIES: frozenset[Function] = frozenset({"softmax_cross_entropy", "dense_cross_entropy"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +49,12 @@ class Plan:
 
 
 class Factors(NamedTuple):
-    """What a weighted sum has besides its input and its output.
+    """What a weighted sum, or a vector-Jacobian product, has besides its input and its output.
 
     Parameters
     ----------
     b : ndarray
-        The factors of the exponentials, of the shape and dtype of the input.
+        The factors of the exponentials, or the gradient, of the shape and dtype of the input.
     sign : ndarray or None
         Where the signs of the sums go, with the strides of the output. Where it is None, the logarithm of a negative
         sum is NaN.
@@ -49,6 +62,35 @@ class Factors(NamedTuple):
 
     b: Array
     sign: Array | None
+
+
+class CrossEntropy(NamedTuple):
+    """What a cross-entropy has besides its logits, its gradient and its losses.
+
+    Parameters
+    ----------
+    probabilities : ndarray or None
+        The targets, of the shape and dtype of the logits; None where they are labels.
+    labels : ndarray or None
+        int64, one for each row in the order of the axes; -1 where a row does not count.
+    weights : ndarray or None
+        float64, one for each class.
+    spread : ndarray or None
+        What smoothing adds to the factor of each class beside a label, in the dtype that is computed in.
+    smoothing, scale, z_scale : float
+        The label smoothing; what the losses and the squares of the logarithms are multiplied by.
+    softcap : float
+        0 for none.
+    """
+
+    probabilities: Array | None
+    labels: Array | None
+    weights: Array | None
+    spread: Array | None
+    smoothing: float
+    scale: float
+    z_scale: float
+    softcap: float
 
 
 class BackendModule(Protocol):
@@ -64,6 +106,10 @@ class BackendModule(Protocol):
 
     def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
 
+    def run_cross_entropy(
+        self, plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+    ) -> None: ...
+
 
 class DirectCalls(Protocol):
     """What the compiled backend offers for the most usual calls: each returns None if the call is not one of them."""
@@ -73,6 +119,12 @@ class DirectCalls(Protocol):
     def direct_log_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
 
     def direct_logsumexp(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+    def direct_softmax_vjp(self, p: object, g: object, axis: object, out: object, backend: object) -> Array | None: ...
+
+    def direct_log_softmax_vjp(
+        self, log_p: object, g: object, axis: object, out: object, backend: object
+    ) -> Array | None: ...
 
     def forget_schedules(self) -> None: ...
 
@@ -303,5 +355,16 @@ def execute(
     """Plan one call, run it, and tell the recorder, if there is one, what served it."""
     plan = module.plan(function, layout, in_place)
     module.run(plan, layout, x, out, factors)
+    if (plans := choices.get().plans) is not None:
+        plans.append(plan)
+
+
+def execute_cross_entropy(
+    module: BackendModule, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+) -> None:
+    """`execute` for a cross-entropy, which has more operands."""
+    is_dense = terms.labels is None or terms.softcap > 0
+    plan = module.plan("dense_cross_entropy" if is_dense else "softmax_cross_entropy", layout, gradient is x)
+    module.run_cross_entropy(plan, layout, x, gradient, losses, terms)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)

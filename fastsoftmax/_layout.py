@@ -121,10 +121,11 @@ def readable(x: Array, dtype: np.dtype[Any]) -> Array:
     return x if x.dtype == dtype and x.flags.aligned else x.astype(dtype, order="K")
 
 
-def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = None) -> Layout:
+def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = None, in_order: bool = False) -> Layout:
     """Lay out ``x``, ``out`` and the factors ``b``, if there are any, as rows along ``axes``.
 
-    ``b`` has the shape of ``x``; so has ``out``, or that shape with every reduced axis of length 1.
+    ``b`` has the shape of ``x``; so has ``out``, or that shape with every reduced axis of length 1. If ``in_order``,
+    rows are enumerated in the order of the axes, whatever that in memory.
     """
     if b is None and axes == (x.ndim - 1,) and x.flags.c_contiguous and out.flags.c_contiguous and out.shape == x.shape:
         # What the general way finds, in a third of its time: most calls are this one.
@@ -137,25 +138,27 @@ def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = Non
             kept.append(Dimension(size, x_stride, y_stride, b_stride))
         else:
             reduced.append(Dimension(size, x_stride, y_stride if out.shape[axis] == size else 0, b_stride))
-    return Layout(_fuse(kept), _fuse(reduced) or (Dimension(1, x.itemsize, x.itemsize),), x.itemsize)
+    return Layout(_fuse(kept, in_order), _fuse(reduced) or (Dimension(1, x.itemsize, x.itemsize),), x.itemsize)
 
 
 @lru_cache(maxsize=1024)
-def c_order_layout(outer: int, n: int, inner: int, itemsize: int, is_reduced: bool = False) -> Layout:
+def c_order_layout(
+    outer: int, n: int, inner: int, itemsize: int, is_reduced: bool = False, has_b: bool = False
+) -> Layout:
     """Lay out an array in C order, as ``outer`` by ``n`` by ``inner``, as rows along its middle axis.
 
-    The output is in C order too; if ``is_reduced``, it has one element for each row.
+    The output is in C order too; if ``is_reduced``, it has one element for each row. So is b, if it ``has_b``.
     """
     x_row, x_outer = inner * itemsize, n * inner * itemsize
     y_row, y_outer = (0, x_row) if is_reduced else (x_row, x_outer)
-    kept = (Dimension(outer, x_outer, y_outer), Dimension(inner, itemsize, itemsize))
-    return Layout(tuple(d for d in kept if d.size > 1), (Dimension(n, x_row, y_row),), itemsize)
+    kept = (Dimension(outer, x_outer, y_outer, x_outer * has_b), Dimension(inner, itemsize, itemsize, itemsize * has_b))
+    return Layout(tuple(d for d in kept if d.size > 1), (Dimension(n, x_row, y_row, x_row * has_b),), itemsize)
 
 
-def _fuse(dimensions: list[Dimension]) -> tuple[Dimension, ...]:
-    """Order dimensions by falling stride and merge the neighbours that memory lets be one."""
+def _fuse(dimensions: list[Dimension], in_order: bool = False) -> tuple[Dimension, ...]:
+    """Order dimensions by falling stride, unless they are to stay, and merge the neighbours that memory lets be one."""
     fused: list[Dimension] = []
-    for inner in sorted((d for d in dimensions if d.size != 1), key=lambda d: -abs(d.x_stride)):
+    for inner in sorted((d for d in dimensions if d.size != 1), key=lambda d: 0 if in_order else -abs(d.x_stride)):
         if fused and fused[-1].continues(inner):
             outer = fused.pop()
             inner = inner._replace(size=outer.size * inner.size)

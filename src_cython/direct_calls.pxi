@@ -65,22 +65,24 @@ def forget_schedules():
 
 @cython.binding(False)
 def direct_softmax(x, axis, out, backend):
-    return direct_call(SOFTMAX, x, axis, out, backend)
+    return direct_call(SOFTMAX, x, axis, out, backend, None)
 
 
 @cython.binding(False)
 def direct_log_softmax(x, axis, out, backend):
-    return direct_call(LOG_SOFTMAX, x, axis, out, backend)
+    return direct_call(LOG_SOFTMAX, x, axis, out, backend, None)
 
 
 @cython.binding(False)
 def direct_logsumexp(x, axis, out, backend):
-    return direct_call(LOGSUMEXP, x, axis, out, backend)
+    return direct_call(LOGSUMEXP, x, axis, out, backend, None)
 
 
-cdef inline object direct_call(Function function, object x, object axis, object out, object backend):
-    """The result of a call, or None if the call is not for here."""
-    cdef cnp.ndarray source, target
+cdef inline object direct_call(
+    Function function, object x, object axis, object out, object backend, object g
+):
+    """The result of a call, or None if the call is not for here; g is the gradient that a derivative takes."""
+    cdef cnp.ndarray source, target, gradient = None
     cdef cnp.npy_intp[MAX_DIMENSIONS] target_shape
     cdef Shape shape
     cdef int ndim, target_ndim, reduced, d
@@ -91,6 +93,12 @@ cdef inline object direct_call(Function function, object x, object axis, object 
     shape.function, shape.type_number = function, cnp.PyArray_TYPE(source)
     if shape.type_number not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64):
         return None
+    if g is not None:
+        if not is_plain(g, False):
+            return None
+        gradient = g
+        if cnp.PyArray_TYPE(gradient) != shape.type_number or not cnp.PyArray_SAMESHAPE(source, gradient):
+            return None
     if axis is None and ndim > 0:
         reduced = -1
     elif type(axis) is int and -ndim <= axis < ndim:
@@ -136,7 +144,15 @@ cdef inline object direct_call(Function function, object x, object axis, object 
         shape.in_place = function != LOGSUMEXP and cnp.PyArray_DATA(source) == cnp.PyArray_DATA(target)
         if not shape.in_place and overlap(source, target):
             return None
-    run_remembered(schedule_of(&shape), source, target)
+        if g is not None and cnp.PyArray_DATA(gradient) != cnp.PyArray_DATA(target):
+            if overlap(gradient, target):
+                return None
+        elif g is not None:
+            shape.in_place = True
+    if g is None:
+        run_remembered(schedule_of(&shape), source, target)
+    else:
+        run_remembered_vjp(schedule_of(&shape), source, gradient, target)
     if target_ndim == 0 and out is None:
         return cnp.PyArray_ToScalar(cnp.PyArray_DATA(target), target)
     return target
@@ -170,7 +186,7 @@ cdef inline bint is_for_here(object backend):
 cdef inline Remembered* schedule_of(const Shape* shape) except NULL:
     """The schedule for a shape; Python is asked for it once for each number of threads."""
     cdef size_t mixed = <size_t>shape.outer * 0x9E3779B1u + <size_t>shape.n
-    mixed = (mixed * 0x9E3779B1u + <size_t>shape.inner) * 8 + <size_t>shape.function * 2 + shape.in_place
+    mixed = (mixed * 0x9E3779B1u + <size_t>shape.inner) * 16 + <size_t>shape.function * 2 + shape.in_place
     mixed = mixed * 2 + (shape.type_number == cnp.NPY_FLOAT64)
     cdef Remembered* place = &remembered[(mixed ^ (mixed >> 16)) % REMEMBERED]
     if shape.outer * shape.n * shape.inner > SMALL_SIZE:
@@ -203,19 +219,22 @@ cdef inline bint same_shape(const Shape* a, const Shape* b) noexcept:
 cdef inline int run_remembered(const Remembered* schedule, cnp.ndarray source, cnp.ndarray target) except -1:
     """Run a call by its schedule, laid out as the general way does it."""
     cdef Job job
-    cdef const Shape* shape = &schedule.shape
+    job.function, job.traversal = schedule.shape.function, schedule.traversal
+    job.exponentials, job.streaming, job.storage = schedule.exponentials, schedule.streaming, AS_COMPUTED
+    lay_out(&schedule.shape, &job.kept, &job.row)
+    return run_job(&job, source, target, schedule.n_blocks, schedule.n_threads, cnp.PyArray_SIZE(source) > SMALL_SIZE)
+
+
+cdef inline void lay_out(const Shape* shape, Dimensions* kept, Dimensions* row) noexcept:
     cdef Py_ssize_t itemsize = 4 if shape.type_number == cnp.NPY_FLOAT32 else 8
     cdef bint reduces = shape.function == LOGSUMEXP
-    job.function, job.traversal, job.exponentials = shape.function, schedule.traversal, schedule.exponentials
-    job.streaming, job.storage, job.kept.count, job.row.count = schedule.streaming, AS_COMPUTED, 0, 0
+    kept.count = row.count = 0
     if shape.outer > 1:
         add_dimension(
-            &job.kept, shape.outer, shape.n * shape.inner * itemsize,
-            (1 if reduces else shape.n) * shape.inner * itemsize)
+            kept, shape.outer, shape.n * shape.inner * itemsize, (1 if reduces else shape.n) * shape.inner * itemsize)
     if shape.inner > 1:
-        add_dimension(&job.kept, shape.inner, itemsize, itemsize)
-    add_dimension(&job.row, shape.n, shape.inner * itemsize, 0 if reduces else shape.inner * itemsize)
-    return run_job(&job, source, target, schedule.n_blocks, schedule.n_threads, cnp.PyArray_SIZE(source) > SMALL_SIZE)
+        add_dimension(kept, shape.inner, itemsize, itemsize)
+    add_dimension(row, shape.n, shape.inner * itemsize, 0 if reduces else shape.inner * itemsize)
 
 
 cdef inline void add_dimension(

@@ -8,8 +8,8 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, PyObject
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport INFINITY, copysign, exp, fabs, fma, frexp, ldexp, log, log1p, rint
-from libc.stdint cimport uint16_t, uintptr_t
+from libc.math cimport INFINITY, copysign, exp, expm1, fabs, fma, frexp, ldexp, log, log1p, rint
+from libc.stdint cimport int64_t, uint16_t, uintptr_t
 from libc.stdlib cimport free, getenv, malloc
 from libc.string cimport memcmp, memcpy, memset, strncmp, strncpy
 
@@ -42,6 +42,9 @@ cdef enum Function:
     SOFTMAX
     LOG_SOFTMAX
     LOGSUMEXP
+    SOFTMAX_VJP
+    LOG_SOFTMAX_VJP
+    LOGSUMEXP_VJP
 
 cdef enum Traversal:
     ROWS
@@ -65,7 +68,7 @@ include "strips.pxi"
 
 include "split.pxi"
 
-chunk_bytes = CHUNK_BYTES
+chunk_bytes, narrow_strip_bytes = CHUNK_BYTES, MIN_STRIP_BYTES
 
 
 def strip_bytes(Py_ssize_t n):
@@ -253,6 +256,8 @@ cdef inline void run_row(
 
 
 include "direct_calls.pxi"
+include "derivatives.pxi"
+include "cross_entropy.pxi"
 
 
 # The state as Python sees it, for the tests of its laws: a tuple (maximum, offset, exponent, high, low).

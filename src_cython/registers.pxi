@@ -47,6 +47,8 @@ cdef extern from "simd.h" nogil:
     f64v f64v_binary_exponent(f64v v)
     f32v f32v_where_at_most(f32v a, f32v b, f32v x, f32v y)
     f64v f64v_where_at_most(f64v a, f64v b, f64v x, f64v y)
+    f32v f32v_where_nonzero(f32v p, f32v v)
+    f64v f64v_where_nonzero(f64v p, f64v v)
     f32v f32v_swap(f32v v, unsigned distance)
     f64v f64v_swap(f64v v, unsigned distance)
     void f32v_transpose(f32v* rows)
@@ -234,6 +236,14 @@ cdef inline vec where_at_most(vec a, vec b, vec x, vec y) noexcept nogil:
         return f32v_where_at_most(a, b, x, y)
     else:
         return f64v_where_at_most(a, b, x, y)
+
+
+cdef inline vec where_nonzero(vec p, vec v) noexcept nogil:
+    """v, but 0 in the lanes where p is."""
+    if vec is f32v:
+        return f32v_where_nonzero(p, v)
+    else:
+        return f64v_where_nonzero(p, v)
 
 
 cdef inline vec swap(vec v, int distance) noexcept nogil:

@@ -81,6 +81,8 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
         bits mask = (bits)(a <= b);                                                                                    \
         return (T)((mask & (bits)x) | (~mask & (bits)y));                                                              \
     }                                                                                                                  \
+    /* v, but 0 in the lanes where p is. */                                                                            \
+    static inline T T##_where_nonzero(T p, T v) { return (T)((bits)v & (bits)(p != 0)); }                              \
     static inline real T##_lane(T v, int lane) { return v[lane]; }
 
 DEFINE_FOR_ANY_PROCESSOR(f32v, float, u32v, 23)

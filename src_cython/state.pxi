@@ -509,6 +509,13 @@ cdef inline Scale log_scale_of(State state, const vec* like) noexcept nogil:
     return scale_by(state.maximum, lane(log_high + log_low, 0))
 
 
+cdef inline double log_sum(State state, const vec* like) noexcept nogil:
+    """log(sum(exp(x - maximum))) of a state that holds its maximum apart."""
+    cdef vec log_high, log_low
+    log_sums_of_state(state, like, &log_high, &log_low)
+    return lane(log_high, 0) + lane(log_low, 0)
+
+
 cdef inline double logsumexp_of_state(State state, const vec* like) noexcept nogil:
     cdef vec log_high, log_low
     log_sums_of_state(state, like, &log_high, &log_low)

@@ -8,6 +8,7 @@ cdef enum:
     # Of each row of the array a strip has as much as makes so large a scratch, but 512 bytes at least.
     STRIP_BYTES = 131072
     MIN_STRIP_BYTES = 512
+    MAX_NARROW_COLUMNS = MIN_STRIP_BYTES // 4
     # The next strip is fetched while one is computed: (16, 21, 16384) float32 on axis 1 take 2.6 ms instead of 3.1.
     # Rows that are a multiple of a page apart evict each other, so that of more bytes than these much would be fetched
     # twice: (4096, 4096) float32 take 8.2 ms, and would take 9.0.
@@ -20,6 +21,11 @@ cdef inline Py_ssize_t strip_columns(Py_ssize_t n, const vec* like) noexcept nog
     """How many columns of n elements a strip has."""
     cdef Py_ssize_t n_tiles = STRIP_BYTES // (max(n, <Py_ssize_t>1) * REGISTER_BYTES)
     return min(max(n_tiles, <Py_ssize_t>(MIN_STRIP_BYTES // REGISTER_BYTES)), <Py_ssize_t>MAX_TILES) * lanes(like)
+
+
+cdef inline int narrow_strip_columns(const vec* like) noexcept nogil:
+    """How many columns a strip has that is read where it lies."""
+    return MIN_STRIP_BYTES // itemsize(like)
 
 
 cdef inline Py_ssize_t tile_registers(Py_ssize_t n, const vec* like) noexcept nogil:

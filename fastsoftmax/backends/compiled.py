@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from fastsoftmax import _dispatch, _schedule, _threadpool
-from fastsoftmax._dispatch import Factors, ForcedTierError, Function, Plan
+from fastsoftmax._dispatch import CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, ForcedTierError, Function, Plan
 from fastsoftmax._layout import Array, Layout, c_order_layout
 from fastsoftmax._outputs import empty_like
 from fastsoftmax._schedule import Exponentials, Schedule, Traversal
@@ -22,7 +22,14 @@ from fastsoftmax._schedule import Exponentials, Schedule, Traversal
 TIERS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "portable")
 
 # The numbers by which the kernels know their choices: the enumerations in src_cython.
-_FUNCTIONS: dict[Function, int] = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
+_FUNCTIONS: dict[Function, int] = {
+    "softmax": 0,
+    "log_softmax": 1,
+    "logsumexp": 2,
+    "softmax_vjp": 3,
+    "log_softmax_vjp": 4,
+    "logsumexp_vjp": 5,
+}
 _FUNCTION_NAMES = {number: name for name, number in _FUNCTIONS.items()}
 _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3, "split": 4}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
@@ -44,6 +51,9 @@ _MIN_TILE_ROWS = 16
 # Each thread gets at least this many elements: 4 us of work in float32. On two threads
 # (64, 1000) float32 take 7.8 us instead of 11.5, but (40, 1000) 8.5 instead of 7.6.
 _MIN_ELEMENTS_PER_THREAD = 24_576
+
+# The same for vector-Jacobian products, which do less with an element.
+_MIN_VJP_ELEMENTS_PER_THREAD = 65_536
 
 # A call returns to Python between blocks of this many bytes of input, so that Ctrl-C is heard within some 10 ms; but a
 # block is one row at least.
@@ -129,7 +139,8 @@ def _direct_schedule(
 ) -> tuple[int, int, bool, int, int]:
     """Choose the schedule of an array in C order, in the numbers of the kernels."""
     name = _FUNCTION_NAMES[function]
-    schedule = _choose_schedule(name, c_order_layout(outer, n, inner, itemsize, name == "logsumexp"), in_place)
+    layout = c_order_layout(outer, n, inner, itemsize, name == "logsumexp", name in VJPS)
+    schedule = _choose_schedule(name, layout, in_place)
     return (
         _TRAVERSALS[schedule.traversal],
         _EXPONENTIALS[schedule.exponentials],
@@ -154,6 +165,10 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
     short = layout.n_cols <= _MAX_TILE_COLS.get(layout.itemsize, 0) and layout.n_rows >= _MIN_TILE_ROWS
+    if function in CROSS_ENTROPIES:
+        return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
+    if function in VJPS:
+        return _make_vjp_schedule(function, layout, in_place, max_threads)
     if function == "weighted_logsumexp":
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
     elif layout.itemsize == 2 and layout.has_contiguous_rows:
@@ -183,6 +198,69 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     return Schedule(traversal, exponentials, streaming, min(n_threads, n_blocks), n_blocks)
 
 
+def _make_vjp_schedule(function: Function, layout: Layout, in_place: bool, max_threads: int) -> Schedule:
+    """Choose the traversal of a vector-Jacobian product, whose gradient is one more input."""
+    row, n_units = layout.reduced[-1], layout.n_rows
+    n_bytes = 3 * layout.size * layout.itemsize
+    n_threads = max(1, min(layout.size // _MIN_VJP_ELEMENTS_PER_THREAD, max_threads))
+    n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
+    traversal: Traversal = "gather"
+    has_contiguous_gradient = function == "logsumexp_vjp" or row.b_stride == layout.itemsize or row.size == 1
+    if layout.itemsize > 2 and layout.has_contiguous_rows and has_contiguous_gradient:
+        traversal = "rows"
+    elif layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
+        traversal = "strips"
+        n_strips = -(-layout.kept[-1].size * max(layout.itemsize, 4) // _kernels.narrow_strip_bytes)
+        n_units = layout.n_rows // layout.kept[-1].size * n_strips
+    streaming = traversal == "rows" and not in_place and n_bytes > _schedule.cache_sizes().last_level
+    n_blocks = min(n_blocks, n_units)
+    return Schedule(traversal, "none", streaming, min(n_threads, n_blocks), n_blocks)
+
+
+def _make_cross_entropy_schedule(
+    function: Function, layout: Layout, in_place: bool, n_threads: int, n_blocks: int
+) -> Schedule:
+    """Choose the traversal of a cross-entropy. Rows with labels are run side by side where they are adjacent:
+
+    (8, 21, 128, 128) float32 over axis 1 take 8.8 ms instead of 29.5.
+    """
+    traversal: Traversal = "gather"
+    if layout.itemsize > 2 and layout.has_contiguous_rows:
+        traversal = "rows"
+    elif layout.has_adjacent_rows and function == "softmax_cross_entropy":
+        traversal = "strips"
+    n_bytes = 2 * layout.size * layout.itemsize
+    streaming = traversal == "rows" and not in_place and n_bytes > _schedule.cache_sizes().last_level
+    n_blocks = min(n_blocks, layout.n_rows)
+    return Schedule(traversal, "recompute", streaming, min(n_threads, n_blocks), n_blocks)
+
+
+def run_cross_entropy(
+    plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+) -> None:
+    schedule = plan.schedule
+    _kernels.run_cross_entropy(
+        _TRAVERSALS[schedule.traversal],
+        schedule.streaming and gradient is not None,
+        _STORAGES[x.dtype.name],
+        layout.kept,
+        layout.reduced,
+        x,
+        gradient,
+        terms.probabilities,
+        terms.labels,
+        terms.weights,
+        terms.spread,
+        losses,
+        terms.smoothing,
+        terms.scale,
+        terms.z_scale,
+        terms.softcap,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
+
+
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
     schedule = plan.schedule
     kernel: Callable[..., None]
@@ -198,6 +276,19 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
             layout.kept,
             layout.reduced,
             x,
+            out,
+        )
+    elif plan.function in VJPS:
+        kernel = _kernels.run_vjp
+        arguments = (
+            _FUNCTIONS[plan.function],
+            _TRAVERSALS[schedule.traversal],
+            schedule.streaming,
+            _STORAGES[x.dtype.name],
+            layout.kept,
+            layout.reduced,
+            x,
+            factors.b,
             out,
         )
     else:

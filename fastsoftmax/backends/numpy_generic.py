@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from fastsoftmax._dispatch import Factors, Function, Plan
+from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
 
@@ -31,7 +31,10 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
     dimensions = layout.kept + layout.reduced
     with np.errstate(all="ignore"):
         rows = _rows(x, layout, [d.x_stride for d in dimensions])
-        if factors is not None:
+        if factors is not None and plan.function in VJPS:
+            g = _rows(factors.b, layout, [d.b_stride for d in dimensions])
+            _write(_VJP_ROWS[plan.function](rows, g), out, dimensions)
+        elif factors is not None:
             log_sum, sign = weighted_logsumexp_rows(rows, _rows(factors.b, layout, [d.b_stride for d in dimensions]))
             if factors.sign is None:
                 log_sum = log_sum + np.log(sign) if np.iscomplexobj(x) else np.where(sign < 0, np.nan, log_sum)
@@ -42,6 +45,21 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
             _write(logsumexp_rows(rows), out, layout.kept)
         else:
             _write(softmax_rows(rows) if plan.function == "softmax" else log_softmax_rows(rows), out, dimensions)
+
+
+def run_cross_entropy(
+    plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+) -> None:
+    dimensions = layout.kept + layout.reduced
+    with np.errstate(all="ignore"):
+        rows = _rows(x, layout, [d.x_stride for d in dimensions]).reshape(-1, layout.n_cols)
+        if terms.labels is not None:
+            targets = (np.arange(layout.n_cols) == terms.labels[:, np.newaxis]).astype(rows.dtype)
+        elif terms.probabilities is not None:
+            targets = _rows(terms.probabilities, layout, [d.b_stride for d in dimensions]).reshape(rows.shape)
+        result, losses[...] = cross_entropy_rows(rows, targets, terms)
+        if gradient is not None:
+            _write(result, gradient, dimensions)
 
 
 def _rows(array: Array, layout: Layout, strides: list[int]) -> Array:
@@ -148,3 +166,46 @@ def weighted_logsumexp_rows(a: Array, b: Array) -> tuple[Array, Array]:
     log_sum = np.where(empty, -np.inf, log_sum)
     sign = np.where(empty, 0, sign)
     return np.where(invalid, np.nan, log_sum)[..., 0], np.where(invalid, np.nan, sign)[..., 0]
+
+
+def softmax_vjp_rows(p: Array, g: Array) -> Array:
+    """p * (g - sum(p * g)) over the last axis; 0 where p is, whatever g."""
+    total = np.where(p == 0, 0, p * g).sum(axis=-1, keepdims=True)
+    return np.where(p == 0, 0, p * (g - total))
+
+
+def log_softmax_vjp_rows(log_p: Array, g: Array) -> Array:
+    """g - exp(log_p) * sum(g) over the last axis; g where the probability is 0."""
+    p = np.exp(log_p)
+    return np.where(p == 0, g, g - p * g.sum(axis=-1, keepdims=True))
+
+
+def logsumexp_vjp_rows(a: Array, g: Array) -> Array:
+    """g * softmax(a) over the last axis; 0 where the probability is, whatever g."""
+    p = softmax_rows(a)
+    return np.where(p == 0, 0, g * p)
+
+
+def cross_entropy_rows(logits: Array, targets: Array, terms: CrossEntropy) -> tuple[Array, Array]:
+    """The gradients and the losses of rows, given target probabilities; see `fastsoftmax._cross_entropy`."""
+    x = terms.softcap * np.tanh(logits / terms.softcap) if terms.softcap else logits
+    factors = (1 - terms.smoothing) * targets + terms.smoothing / targets.shape[-1]
+    factors = terms.scale * (factors if terms.weights is None else factors * terms.weights)
+    log_p, log_total = log_softmax_rows(x), logsumexp_rows(x)
+    losses = -np.where(factors == 0, 0, factors * log_p).sum(axis=-1)
+    if terms.z_scale:
+        losses += terms.z_scale * log_total**2
+    size = factors.sum(axis=-1) + 2 * terms.z_scale * log_total
+    gradients = softmax_rows(x) * size[:, np.newaxis] - factors
+    if terms.softcap:
+        gradients *= 1 - (x / terms.softcap) ** 2
+    if terms.labels is not None:
+        gradients[terms.labels < 0] = losses[terms.labels < 0] = 0
+    return gradients, losses
+
+
+_VJP_ROWS = {
+    "softmax_vjp": softmax_vjp_rows,
+    "log_softmax_vjp": log_softmax_vjp_rows,
+    "logsumexp_vjp": logsumexp_vjp_rows,
+}
