@@ -320,6 +320,7 @@ CONTENDERS = (
             partial(prepare_fastsoftmax, backend.name),
         )
         for backend in _dispatch.BACKENDS
+        if backend.is_automatic  # the others are not for arrays in main memory
     ),
     Contender("numpy", "peer", lambda: None, _prepare_numpy),
     Contender("scipy", "peer", partial(_import_error, "scipy.special"), _prepare_scipy),

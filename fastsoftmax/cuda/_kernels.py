@@ -1,0 +1,680 @@
+"""The kernels: who visits which element, and where partial states meet.
+
+Every kernel reads a row once into states, lets the states meet, and maps the row to its result. What differs is who
+shares a row:
+
+- `row_kernel`: the lanes of a part of a warp, a warp, or a block. What they read stays in their registers; of a row
+  that does not fit there the rest is read again, from the L2 cache while few rows are under way at a time.
+- `chunk_state_kernel` and `chunk_result_kernel`: many blocks, one per chunk of a row. The first leaves a state for
+  each chunk, the second merges them all, in the same order in every block.
+- `strip_kernel`: the lanes of a block side by side on adjacent rows, for a reduced axis that is not the last.
+
+Lanes meet in two steps: first the maximum of all, then the sum of all, each rescaled to that maximum once. The order of
+additions is fixed by the plan, and so are the bits of the result.
+
+A kernel is made from a `Format` and the numbers of a plan, and sees them as constants. Pointers are to unsigned
+integers of the element's size. A row need not begin at a 16-byte boundary for 16-byte access: lanes count vectors from
+the boundary before it (`first`), and those at either end go element by element.
+
+Sizes and strides are 64-bit and count elements. ``kept`` and ``reduced`` are dimensions, outermost first, of four
+numbers each: size, and the strides in x, in y and in the second input g.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numba import cuda, types
+
+from fastsoftmax.cuda import _instructions, _state
+from fastsoftmax.cuda._plan import IN_FLIGHT
+from fastsoftmax.cuda._state import Precision
+
+# Its own forward functions, and the vector-Jacobian products: of softmax from p and g, of log_softmax from log p and g,
+# of logsumexp from a and one g per row.
+Kernel = Literal["softmax", "log_softmax", "logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"]
+
+
+class Format(NamedTuple):
+    """How elements lie in memory, and the arithmetic they are computed in.
+
+    Parameters
+    ----------
+    name : str
+        The dtype.
+    precision : {"half", "single", "double"}
+        Whose functions of `fastsoftmax.cuda._state` compute.
+    itemsize : int
+        Bytes of an element.
+    minus_infinity : int
+        The bits of -inf.
+    """
+
+    name: str
+    precision: Precision
+    itemsize: int
+    minus_infinity: int
+
+    @property
+    def real(self) -> Any:
+        """The dtype that is computed in."""
+        return np.float64 if self.precision == "double" else np.float32
+
+    @property
+    def word(self) -> Any:
+        """The dtype of a word in registers."""
+        return np.uint64 if self.itemsize == 8 else np.uint32
+
+    @property
+    def element(self) -> Any:
+        """The dtype of an element in memory."""
+        return {2: np.uint16, 4: np.uint32, 8: np.uint64}[self.itemsize]
+
+    @property
+    def pointer(self) -> Any:
+        return types.CPointer({2: types.uint16, 4: types.uint32, 8: types.uint64}[self.itemsize])
+
+
+FORMATS = {
+    "float16": Format("float16", "half", 2, 0xFC00),
+    "bfloat16": Format("bfloat16", "half", 2, 0xFF80),
+    "float32": Format("float32", "single", 4, 0xFF800000),
+    "float64": Format("float64", "double", 8, 0xFFF0000000000000),
+}
+
+
+def signature(format: Format, kernel: Any, n_kept: int, n_reduced: int) -> Any:
+    """Return the types of a kernel's arguments: see the functions themselves."""
+    pointer, real = format.pointer, types.float64 if format.precision == "double" else types.float32
+    known = {"x": pointer, "y": pointer, "g": pointer, "maxima": types.CPointer(real), "sums": types.CPointer(real)}
+    known |= {"kept": types.UniTuple(types.int64, 4 * n_kept), "reduced": types.UniTuple(types.int64, 4 * n_reduced)}
+    known["inner"] = types.UniTuple(types.int64, 4)
+    code = kernel.__code__
+    return types.void(*(known.get(name, types.int64) for name in code.co_varnames[: code.co_argcount]))
+
+
+@cache
+def elements(format: Format) -> SimpleNamespace:
+    """Return device functions from bits to numbers and back."""
+    if format.itemsize == 8:
+
+        @cuda.jit(device=True)
+        def value(word: Any, place: Any) -> Any:
+            return word.view(np.float64)
+
+        @cuda.jit(device=True)
+        def pack(first: Any, second: Any) -> Any:
+            return first.view(np.uint64)
+
+    elif format.itemsize == 4:
+
+        @cuda.jit(device=True)
+        def value(word: Any, place: Any) -> Any:
+            return word.view(np.float32)
+
+        @cuda.jit(device=True)
+        def pack(first: Any, second: Any) -> Any:
+            return first.view(np.uint32)
+
+    elif format.name == "bfloat16":
+        pack = _instructions.pack_bfloat16
+
+        @cuda.jit(device=True)
+        def value(word: Any, place: Any) -> Any:
+            return np.uint32(word << np.uint32(16) if place == 0 else word & np.uint32(0xFFFF0000)).view(np.float32)
+
+    else:
+        pack = _instructions.pack_float16
+
+        @cuda.jit(device=True)
+        def value(word: Any, place: Any) -> Any:
+            return _instructions.float16_value(np.uint16(word if place == 0 else word >> np.uint32(16)))
+
+    return SimpleNamespace(value=value, pack=pack)
+
+
+class Access(NamedTuple):
+    """How lanes read and write: the number of elements to a vector (1: any place), of words, of elements to a word."""
+
+    vector: int
+    words: int
+    per_word: int
+
+
+def access(format: Format, vectorized: bool) -> Access:
+    if not vectorized:
+        return Access(1, 1, 1)
+    per_word = 2 if format.itemsize == 2 else 1
+    return Access(16 // format.itemsize, 16 // format.itemsize // per_word, per_word)
+
+
+@cache
+def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
+    """Return device functions that read and write one vector of a row, by elements where it is not wholly in it.
+
+    Their arguments: a pointer, the place in memory and the index in the row of the vector's first element, the length
+    of the row, an array of words, and where in it the words begin. What is not in the row is read as the padding.
+    """
+    vector, n_words, per_word = access(format, vectorized)
+    word, element = format.word, format.element
+    half, bits = 16, 8 * format.itemsize
+    full_padding = word(padding | padding << bits if per_word == 2 else padding)
+
+    if not vectorized:
+
+        @cuda.jit(device=True)
+        def load(x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+            words[position] = word(x[address]) if index < n else full_padding
+
+        @cuda.jit(device=True)
+        def store(y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+            if index < n:
+                y[address] = element(words[position])
+
+        return SimpleNamespace(load=load, store=store)
+
+    @cuda.jit(device=True)
+    def load(x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+        if index >= 0 and index + vector <= n:
+            _instructions.load_vector(x, address, words, position)
+        else:
+            for w in range(n_words):
+                words[position + w] = full_padding
+            for e in range(vector):
+                if index + e >= 0 and index + e < n:
+                    if per_word == 1:
+                        words[position + e] = word(x[address + e])
+                    else:
+                        w, shift = position + e // 2, word(half * (e % 2))
+                        kept = words[w] & word(word(0xFFFF0000) >> shift)
+                        words[w] = kept | word(word(x[address + e]) << shift)
+
+    @cuda.jit(device=True)
+    def store(y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+        if index >= 0 and index + vector <= n:
+            _instructions.store_vector(y, address, words, position)
+        else:
+            for e in range(vector):
+                if index + e >= 0 and index + e < n:
+                    y[address + e] = element(words[position + e // per_word] >> word(half * (e % per_word)))
+
+    return SimpleNamespace(load=load, store=store)
+
+
+@cuda.jit(device=True)
+def places(index: Any, dimensions: Any) -> Any:
+    """Return how far the element of an index in some dimensions is from the first, in x, in y and in g."""
+    x, y, g = np.int64(0), np.int64(0), np.int64(0)
+    for d in range(len(dimensions) - 4, 0, -4):
+        i = index % dimensions[d]
+        index //= dimensions[d]
+        x += i * dimensions[d + 1]
+        y += i * dimensions[d + 2]
+        g += i * dimensions[d + 3]
+    return x + index * dimensions[1], y + index * dimensions[2], g + index * dimensions[3]
+
+
+@cache
+def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
+    """Return device functions by which lanes meet: so many neighbours of a warp, or all of a block if that is 0."""
+    larger = _state.on_device(precision).larger
+    real = np.float64 if precision == "double" else np.float32
+    n_steps = (lanes or 32).bit_length() - 1
+
+    @cuda.jit(device=True)
+    def warp_largest(value: Any) -> Any:
+        for step in range(n_steps):
+            value = larger(value, _instructions.exchange(value, 1 << step))
+        return value
+
+    @cuda.jit(device=True)
+    def warp_sum(value: Any) -> Any:
+        for step in range(n_steps):
+            value += _instructions.exchange(value, 1 << step)
+        return value
+
+    if lanes:
+        return SimpleNamespace(largest=warp_largest, sum=warp_sum)
+
+    @cuda.jit(device=True)
+    def block_largest(value: Any) -> Any:
+        of_warps = cuda.shared.array(32, real)
+        value = warp_largest(value)
+        if cuda.threadIdx.x % 32 == 0:
+            of_warps[cuda.threadIdx.x // 32] = value
+        cuda.syncthreads()
+        value = of_warps[0]
+        for warp in range(1, cuda.blockDim.x // 32):
+            value = larger(value, of_warps[warp])
+        cuda.syncthreads()  # the array may be written to again now
+        return value
+
+    @cuda.jit(device=True)
+    def block_sum(value: Any) -> Any:
+        of_warps = cuda.shared.array(32, real)
+        value = warp_sum(value)
+        if cuda.threadIdx.x % 32 == 0:
+            of_warps[cuda.threadIdx.x // 32] = value
+        cuda.syncthreads()
+        value = of_warps[0]
+        for warp in range(1, cuda.blockDim.x // 32):
+            value += of_warps[warp]
+        cuda.syncthreads()  # the array may be written to again now
+        return value
+
+    return SimpleNamespace(largest=block_largest, sum=block_sum)
+
+
+@cache
+def folding(format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return device functions that take the elements of vectors into the state of a lane.
+
+    It is the maximum, the sum of the terms of smaller elements, and the number of elements that are the maximum: one of
+    these is left out of the state of the row, where all lanes have met.
+    """
+    _, n_words, per_word = access(format, vectorized)
+    value = elements(format).value
+    state = _state.on_device(format.precision)
+    reference, power, rebase, term, larger = state.reference, state.power, state.rebase, state.term, state.larger
+    zero, one = format.real(0), format.real(1)
+
+    @cuda.jit(device=True)
+    def largest(words: Any, position: Any, maximum: Any) -> Any:
+        for w in range(n_words):
+            for place in range(per_word):
+                maximum = larger(maximum, value(words[position + w], place))
+        return maximum
+
+    @cuda.jit(device=True)
+    def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
+        """Return sum and ties beside a maximum that is as large or larger."""
+        if maximum == new_maximum:
+            return sum, ties
+        return (sum + ties * term(maximum, maximum)) * rebase(maximum, new_maximum), zero
+
+    @cuda.jit(device=True)
+    def add(words: Any, position: Any, maximum: Any, sum: Any, ties: Any) -> Any:
+        offset, shift = reference(maximum)
+        of_vector = zero
+        for w in range(n_words):
+            for place in range(per_word):
+                x = value(words[position + w], place)
+                one_term = power(x - offset, shift)
+                of_vector += zero if x == maximum else one_term
+                ties += one if x == maximum else zero
+        return sum + of_vector, ties
+
+    return SimpleNamespace(largest=largest, advance=advance, add=add)
+
+
+@cache
+def merging(format: Format, lanes: int) -> Any:
+    """Return a device function that merges the states of lanes that meet, each of any number of elements."""
+    meet, state = meeting(format.precision, lanes), _state.on_device(format.precision)
+    meet_largest, meet_sum, rebase, term = meet.largest, meet.sum, state.rebase, state.term
+    zero, one = format.real(0), format.real(1)
+
+    @cuda.jit(device=True)
+    def merge_all(maximum: Any, sum: Any) -> Any:
+        largest = meet_largest(maximum)
+        sum = sum * rebase(maximum, largest) + (zero if maximum == largest else term(maximum, largest))
+        ties = one if maximum == largest else zero
+        sum, ties = meet_sum(sum), meet_sum(ties)
+        return largest, sum + (ties - one) * term(largest, largest)
+
+    return merge_all
+
+
+@cache
+def results(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return device functions from a row's state to its result.
+
+    ``of_row`` gives the number that all elements of the row share, in two parts; ``of_words`` turns the words of a vector
+    into those of its result, with that number and the g of the row.
+    """
+    _, n_words, per_word = access(format, vectorized)
+    value, pack = elements(format).value, elements(format).pack
+    state = _state.on_device(format.precision)
+    reference, power = state.reference, state.power
+    zero, word, element = format.real(0), format.word, format.element
+
+    log_total, scaled = state.log_total, state.scaled
+
+    if kernel in ("log_softmax", "logsumexp"):
+
+        @cuda.jit(device=True)
+        def of_row(maximum: Any, sum: Any) -> Any:
+            return log_total(maximum, sum), zero
+
+    else:
+        of_row = state.inverse_total
+
+    if format.precision == "half":  # the second part is below what a result shows
+
+        @cuda.jit(device=True)
+        def scaled(term: Any, inverse: Any, inverse_low: Any) -> Any:
+            return term * inverse
+
+    if kernel == "log_softmax":
+
+        @cuda.jit(device=True)
+        def one(x: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any) -> Any:
+            return (x - maximum) - shared
+
+    elif kernel == "logsumexp_vjp":
+
+        @cuda.jit(device=True)
+        def one(x: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any) -> Any:
+            p = scaled(power(x - offset, shift), shared, low)
+            return zero if p == zero else p * g
+
+    else:
+
+        @cuda.jit(device=True)
+        def one(x: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any) -> Any:
+            return scaled(power(x - offset, shift), shared, low)
+
+    @cuda.jit(device=True)
+    def of_words(words: Any, position: Any, maximum: Any, shared: Any, low: Any, g: Any) -> Any:
+        offset, shift = reference(maximum)
+        for w in range(position, position + n_words):
+            first = one(value(words[w], 0), maximum, offset, shift, shared, low, g)
+            second = one(value(words[w], 1), maximum, offset, shift, shared, low, g) if per_word == 2 else zero
+            words[w] = pack(first, second)
+
+    @cuda.jit(device=True)
+    def write_logsumexp(y: Any, address: Any, maximum: Any, log_total: Any) -> Any:
+        y[address] = element(pack(maximum + log_total, zero))
+
+    @cuda.jit(device=True)
+    def read_g(g: Any, address: Any) -> Any:
+        return value(word(g[address]), 0)
+
+    return SimpleNamespace(of_row=of_row, of_one=one, of_words=of_words, write_logsumexp=write_logsumexp, read_g=read_g)
+
+
+@cache
+def ranges(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return device functions for parts of a row that do not stay in registers: read them, and read them again.
+
+    Both take the index of a lane's first element, where the part ends, the length of the row and a lane's step.
+    """
+    _, n_words, _ = access(format, vectorized)
+    memory = vectors(format, vectorized, format.minus_infinity)
+    load, store = memory.load, memory.store
+    fold, of_words = folding(format, vectorized), results(kernel, format, vectorized).of_words
+    largest, advance, add = fold.largest, fold.advance, fold.add
+    word, lowest, zero = format.word, format.real(-np.inf), format.real(0)
+    n_in_flight = IN_FLIGHT * n_words
+
+    @cuda.jit(device=True)
+    def fold_range(x: Any, x_row: Any, begin: Any, end: Any, n: Any, step: Any, reduced: Any) -> Any:
+        maximum, sum, ties = lowest, zero, zero
+        words = cuda.local.array(n_in_flight, word)
+        for index in range(begin, end, IN_FLIGHT * step):
+            for h in range(IN_FLIGHT):
+                i = index + h * step
+                load(x, x_row + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
+            new_maximum = maximum
+            for h in range(IN_FLIGHT):
+                new_maximum = largest(words, h * n_words, new_maximum)
+            sum, ties = advance(maximum, sum, ties, new_maximum)
+            maximum = new_maximum
+            for h in range(IN_FLIGHT):
+                sum, ties = add(words, h * n_words, maximum, sum, ties)
+        return maximum, sum, ties
+
+    @cuda.jit(device=True)
+    def write_range(
+        x: Any, x_row: Any, y: Any, y_row: Any, begin: Any, end: Any, n: Any, step: Any, reduced: Any,
+        maximum: Any, shared: Any, low: Any, g: Any,
+    ) -> Any:  # fmt: skip
+        words = cuda.local.array(n_in_flight, word)
+        for index in range(begin, end, IN_FLIGHT * step):
+            for h in range(IN_FLIGHT):
+                i = index + h * step
+                load(x, x_row + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
+            for h in range(IN_FLIGHT):
+                i = index + h * step
+                of_words(words, h * n_words, maximum, shared, low, g)
+                store(y, y_row + (i if vectorized else places(i, reduced)[1]), i, n, words, h * n_words)
+
+    return SimpleNamespace(fold_range=fold_range, write_range=write_range)
+
+
+@cache
+def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, held: int, has_rest: bool) -> Any:
+    """Make a kernel for rows that so many neighbouring lanes share, or the lanes of a block if that is 0.
+
+    Each lane holds so many vectors in registers. The rest of the row, if any, is read twice.
+    """
+    vector, n_words, _ = access(format, vectorized)
+    memory, meet = vectors(format, vectorized, format.minus_infinity), meeting(format.precision, lanes)
+    load, store, meet_largest, meet_sum = memory.load, memory.store, meet.largest, meet.sum
+    fold, part, result = folding(format, vectorized), ranges(kernel, format, vectorized), results(kernel, format, vectorized)
+    largest, advance, add, fold_range, write_range = fold.largest, fold.advance, fold.add, part.fold_range, part.write_range
+    of_row, of_words, write_logsumexp, read_g = result.of_row, result.of_words, result.write_logsumexp, result.read_g
+    state = _state.on_device(format.precision)
+    larger, term = state.larger, state.term
+    word, lowest, zero, one = format.word, format.real(-np.inf), format.real(0), format.real(1)
+    is_reduction, has_g, n_held = kernel == "logsumexp", kernel == "logsumexp_vjp", held * n_words
+
+    def rows(x: Any, y: Any, g: Any, n_rows: Any, n_cols: Any, phase: Any, kept: Any, reduced: Any) -> None:
+        if lanes:
+            width = np.int64(lanes)
+            lane = np.int64(cuda.threadIdx.x % lanes)
+            row = np.int64(cuda.blockIdx.x) * (cuda.blockDim.x // lanes) + cuda.threadIdx.x // lanes
+        else:
+            width, lane, row = np.int64(cuda.blockDim.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        n = n_cols if row < n_rows else np.int64(0)
+        x_row, y_row, g_row = places(row, kept)
+        first = lane * vector - ((phase + x_row) & (vector - 1))
+        step = width * vector
+        rest = first + held * step
+
+        words = cuda.local.array(n_held, word)
+        for h in range(held):
+            i = first + h * step
+            load(x, x_row + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
+        maximum, rest_maximum, sum, ties = lowest, lowest, zero, zero
+        for h in range(held):
+            maximum = largest(words, h * n_words, maximum)
+        if has_rest:
+            rest_maximum, sum, ties = fold_range(x, x_row, rest, n, n, step, reduced)
+
+        maximum = meet_largest(larger(maximum, rest_maximum))
+        if has_rest:
+            sum, ties = advance(rest_maximum, sum, ties, maximum)
+        for h in range(held):
+            sum, ties = add(words, h * n_words, maximum, sum, ties)
+        sum, ties = meet_sum(sum), meet_sum(ties)
+        shared, low = of_row(maximum, sum + (ties - one) * term(maximum, maximum))
+
+        if is_reduction:
+            if lane == 0 and row < n_rows:
+                write_logsumexp(y, y_row, maximum, shared)
+        else:
+            g_of_row = read_g(g, g_row) if has_g and row < n_rows else zero
+            for h in range(held):
+                i = first + h * step
+                of_words(words, h * n_words, maximum, shared, low, g_of_row)
+                store(y, y_row + (i if vectorized else places(i, reduced)[1]), i, n, words, h * n_words)
+            if has_rest:
+                write_range(x, x_row, y, y_row, rest, n, n, step, reduced, maximum, shared, low, g_of_row)
+
+    return rows
+
+
+@cache
+def chunk_state_kernel(format: Format, vectorized: bool) -> Any:
+    """Make a kernel that leaves the state of each chunk of each row: a maximum, and the sum of the others' terms."""
+    vector, _, _ = access(format, vectorized)
+    merge_all, fold_range = merging(format, 0), ranges("softmax", format, vectorized).fold_range
+    term, zero, one = _state.on_device(format.precision).term, format.real(0), format.real(1)
+
+    def chunk_states(
+        x: Any, maxima: Any, sums: Any, n_chunks: Any, chunk: Any, n_cols: Any, phase: Any, kept: Any, reduced: Any
+    ) -> None:
+        block = np.int64(cuda.blockIdx.x)
+        x_row, _, _ = places(block // n_chunks, kept)
+        start = block % n_chunks * chunk - ((phase + x_row) & (vector - 1))
+        begin, end = start + cuda.threadIdx.x * vector, min(start + chunk, n_cols)
+        maximum, sum, ties = fold_range(x, x_row, begin, end, n_cols, cuda.blockDim.x * vector, reduced)
+        maximum, sum = merge_all(maximum, sum + (ties - one) * term(maximum, maximum) if ties > zero else sum)
+        if cuda.threadIdx.x == 0:
+            maxima[block] = maximum
+            sums[block] = sum
+
+    return chunk_states
+
+
+@cache
+def chunk_result_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any:
+    """Make a kernel that merges the states of a row's chunks and writes one chunk of the result."""
+    vector, _, _ = access(format, vectorized)
+    result, merge, merge_all = results(kernel, format, vectorized), _state.on_device(format.precision).merge, merging(format, 0)
+    of_row, write_logsumexp, read_g = result.of_row, result.write_logsumexp, result.read_g
+    write_range = ranges(kernel, format, vectorized).write_range
+    lowest, zero = format.real(-np.inf), format.real(0)
+    is_reduction, has_g = kernel == "logsumexp", kernel == "logsumexp_vjp"
+
+    def chunk_results(
+        x: Any, y: Any, g: Any, maxima: Any, sums: Any,
+        n_chunks: Any, chunk: Any, n_cols: Any, phase: Any, kept: Any, reduced: Any,
+    ) -> None:  # fmt: skip
+        # From the last block to the first: what the kernel before read last is still in the cache.
+        block = np.int64(cuda.gridDim.x) - 1 - cuda.blockIdx.x
+        row = block if is_reduction else block // n_chunks
+        x_row, y_row, g_row = places(row, kept)
+
+        maximum, sum = lowest, zero
+        for c in range(row * n_chunks + cuda.threadIdx.x, (row + 1) * n_chunks, cuda.blockDim.x):
+            maximum, sum = merge(maximum, sum, maxima[c], sums[c])
+        maximum, sum = merge_all(maximum, sum)
+        shared, low = of_row(maximum, sum)
+
+        if is_reduction:
+            if cuda.threadIdx.x == 0:
+                write_logsumexp(y, y_row, maximum, shared)
+        else:
+            start = block % n_chunks * chunk - ((phase + x_row) & (vector - 1))
+            begin, end = start + cuda.threadIdx.x * vector, min(start + chunk, n_cols)
+            step, g_of_row = cuda.blockDim.x * vector, read_g(g, g_row) if has_g else zero
+            write_range(x, x_row, y, y_row, begin, end, n_cols, step, reduced, maximum, shared, low, g_of_row)
+
+    return chunk_results
+
+
+@cache
+def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int) -> Any:
+    """Make a kernel for rows that lie side by side: a block has a strip of them, ``blockDim.x`` vectors wide.
+
+    Lanes above each other (in ``threadIdx.y``, a power of two of them) have different elements of the same rows. Each
+    element is read twice; strips are narrow enough that those under way stay in the L2 cache.
+    """
+    vector, n_words, per_word = access(format, vectorized)
+    memory, fold, result = vectors(format, vectorized, format.minus_infinity), folding(format, vectorized), results(kernel, format, vectorized)
+    load, store, advance = memory.load, memory.store, fold.advance
+    value, pack = elements(format).value, elements(format).pack
+    state = _state.on_device(format.precision)
+    larger, term, reference, power = state.larger, state.term, state.reference, state.power
+    of_row, one_result, write_logsumexp, read_g = result.of_row, result.of_one, result.write_logsumexp, result.read_g
+    word, real = format.word, format.real
+    lowest, zero, one = real(-np.inf), real(0), real(1)
+    is_reduction, has_g = kernel == "logsumexp", kernel == "logsumexp_vjp"
+    n_in_flight, n_shared = IN_FLIGHT * n_words, threads * vector
+
+    def strips(
+        x: Any, y: Any, g: Any, n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any
+    ) -> None:
+        block = np.int64(cuda.blockIdx.x)
+        x_start, y_start, g_start = places(block // n_strips, kept)
+        column = (block % n_strips * cuda.blockDim.x + cuda.threadIdx.x) * vector - phase
+        layer, n_layers = np.int64(cuda.threadIdx.y), np.int64(cuda.blockDim.y)
+        x_step, y_step = reduced[1], reduced[2]
+
+        words = cuda.local.array(n_in_flight, word)
+        maxima, sums, ties = cuda.local.array(vector, real), cuda.local.array(vector, real), cuda.local.array(vector, real)
+        shareds, lows, gs = cuda.local.array(vector, real), cuda.local.array(vector, real), cuda.local.array(vector, real)
+        for v in range(vector):
+            maxima[v], sums[v], ties[v] = lowest, zero, zero
+        for j in range(layer, n_cols, IN_FLIGHT * n_layers):
+            for h in range(IN_FLIGHT):
+                i = j + h * n_layers
+                load(x, x_start + i * x_step + column, column, n_inner if i < n_cols else 0, words, h * n_words)
+            for v in range(vector):
+                maximum = maxima[v]
+                for h in range(IN_FLIGHT):
+                    maximum = larger(maximum, value(words[h * n_words + v // per_word], v % per_word))
+                sums[v], ties[v] = advance(maxima[v], sums[v], ties[v], maximum)
+                maxima[v] = maximum
+                offset, shift = reference(maximum)
+                for h in range(IN_FLIGHT):
+                    e = value(words[h * n_words + v // per_word], v % per_word)
+                    of_e = power(e - offset, shift)
+                    sums[v] += zero if e == maximum else of_e
+                    ties[v] += one if e == maximum else zero
+
+        # Layers meet two by two.
+        shared_a = cuda.shared.array(n_shared, real)
+        shared_b = cuda.shared.array(n_shared, real)
+        mine, layer_size = (layer * cuda.blockDim.x + cuda.threadIdx.x) * vector, cuda.blockDim.x * vector
+        base = cuda.threadIdx.x * vector
+        for v in range(vector):
+            shared_a[mine + v] = maxima[v]
+        cuda.syncthreads()
+        half = n_layers // 2
+        while half > 0:
+            if layer < half:
+                for v in range(vector):
+                    shared_a[mine + v] = larger(shared_a[mine + v], shared_a[mine + half * layer_size + v])
+            cuda.syncthreads()
+            half //= 2
+        for v in range(vector):
+            maximum = shared_a[base + v]
+            sums[v], ties[v] = advance(maxima[v], sums[v], ties[v], maximum)
+            maxima[v] = maximum
+        cuda.syncthreads()
+        for v in range(vector):
+            shared_a[mine + v], shared_b[mine + v] = sums[v], ties[v]
+        cuda.syncthreads()
+        half = n_layers // 2
+        while half > 0:
+            if layer < half:
+                for v in range(vector):
+                    shared_a[mine + v] += shared_a[mine + half * layer_size + v]
+                    shared_b[mine + v] += shared_b[mine + half * layer_size + v]
+            cuda.syncthreads()
+            half //= 2
+
+        for v in range(vector):
+            shareds[v], lows[v] = of_row(maxima[v], shared_a[base + v] + (shared_b[base + v] - one) * term(maxima[v], maxima[v]))
+            is_row = column + v >= 0 and column + v < n_inner
+            if is_reduction and layer == 0 and is_row:
+                write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shareds[v])
+            gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
+        if is_reduction:
+            return
+        for j in range(layer, n_cols, IN_FLIGHT * n_layers):
+            for h in range(IN_FLIGHT):
+                i = j + h * n_layers
+                load(x, x_start + i * x_step + column, column, n_inner if i < n_cols else 0, words, h * n_words)
+            for h in range(IN_FLIGHT):
+                i = j + h * n_layers
+                for w in range(n_words):
+                    v, at = w * per_word, h * n_words + w
+                    offset, shift = reference(maxima[v])
+                    first = one_result(value(words[at], 0), maxima[v], offset, shift, shareds[v], lows[v], gs[v])
+                    second = zero
+                    if per_word == 2:
+                        offset, shift = reference(maxima[v + 1])
+                        second = one_result(
+                            value(words[at], 1), maxima[v + 1], offset, shift, shareds[v + 1], lows[v + 1], gs[v + 1]
+                        )
+                    words[at] = pack(first, second)
+                store(y, y_start + i * y_step + column, column, n_inner if i < n_cols else 0, words, h * n_words)
+
+    return strips
