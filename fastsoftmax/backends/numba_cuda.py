@@ -144,7 +144,8 @@ def _prepare(
     elif g is not None:
         phases.append(g.address)
     layout = make_layout(x, axes, y, g)  # type: ignore[arg-type]
-    plan = choose(layout, tuple(phases), _launch.device_facts(device))
+    n_inputs = 2 if kernel in _launch.PRODUCTS else 1
+    plan = choose(layout, tuple(phases), _launch.device_facts(device), n_inputs)
     return _plan(kernel, plan), _launch.prepare(kernel, FORMATS[x.dtype], layout, plan, x.address, device)
 
 

@@ -7,6 +7,7 @@ shares a row:
   that does not fit there the rest is read again, from the L2 cache while few rows are under way at a time.
 - `chunk_state_kernel` and `chunk_result_kernel`: many blocks, one per chunk of a row. The first leaves a state for
   each chunk, the second merges them all, in the same order in every block.
+- `product_row_kernel`: as the first, for the vector-Jacobian products that have two inputs of one size.
 - `strip_kernel`: the lanes of a block side by side on adjacent rows, for a reduced axis that is not the last.
 
 Lanes meet in two steps: first the maximum of all, then the sum of all, each rescaled to that maximum once. The order of
@@ -33,8 +34,8 @@ from fastsoftmax.cuda import _instructions, _state
 from fastsoftmax.cuda._plan import IN_FLIGHT
 from fastsoftmax.cuda._state import Precision
 
-# Its own forward functions, and the vector-Jacobian products: of softmax from p and g, of log_softmax from log p and g,
-# of logsumexp from a and one g per row.
+# The functions, and their vector-Jacobian products: of softmax from p and g, of log_softmax from log p and g, of logsumexp
+# from a and one g per row.
 Kernel = Literal["softmax", "log_softmax", "logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"]
 
 
@@ -151,6 +152,42 @@ def access(format: Format, vectorized: bool) -> Access:
     return Access(16 // format.itemsize, 16 // format.itemsize // per_word, per_word)
 
 
+def repeated(body: Any, count: int) -> Any:
+    """Return a device function that hands a carry on through ``body(number, carry, ...)`` for every number below count.
+
+    It is a loop written out. Where a compiler leaves a loop a loop, words whose place is not known beforehand are kept in
+    memory instead of registers: NVVM does so for sm_100, while it unrolls the same loops for sm_90.
+    """
+
+    @cuda.jit(device=True)
+    def chain(carry: Any, *arguments: Any) -> Any:
+        return carry
+
+    for number in range(0, count - 3, 4):
+        chain = _followed_by_four(chain, body, number)
+    for number in range(count - count % 4, count):
+        chain = _followed_by_one(chain, body, number)
+    return chain
+
+
+def _followed_by_one(chain: Any, body: Any, number: int) -> Any:
+    @cuda.jit(device=True)
+    def longer(carry: Any, *arguments: Any) -> Any:
+        return body(number, chain(carry, *arguments), *arguments)
+
+    return longer
+
+
+def _followed_by_four(chain: Any, body: Any, number: int) -> Any:
+    # Each device function takes Numba some 10 ms; four in one spare as many.
+    @cuda.jit(device=True)
+    def longer(carry: Any, *arguments: Any) -> Any:
+        carry = body(number + 1, body(number, chain(carry, *arguments), *arguments), *arguments)
+        return body(number + 3, body(number + 2, carry, *arguments), *arguments)
+
+    return longer
+
+
 @cache
 def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
     """Return device functions that read and write one vector of a row, by elements where it is not wholly in it.
@@ -160,7 +197,7 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
     """
     vector, n_words, per_word = access(format, vectorized)
     word, element = format.word, format.element
-    half, bits = 16, 8 * format.itemsize
+    bits = 8 * format.itemsize
     full_padding = word(padding | padding << bits if per_word == 2 else padding)
 
     if not vectorized:
@@ -177,29 +214,44 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
         return SimpleNamespace(load=load, store=store)
 
     @cuda.jit(device=True)
+    def pad_one(w: Any, carry: Any, words: Any, position: Any) -> Any:
+        words[position + w] = full_padding
+        return carry
+
+    @cuda.jit(device=True)
+    def load_one(e: Any, carry: Any, x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+        if index + e >= 0 and index + e < n:
+            if per_word == 1:
+                words[position + e] = word(x[address + e])
+            else:
+                w, shift = position + e // 2, word(bits * (e % 2))
+                other = words[w] & word(word(0xFFFF0000) >> shift)
+                words[w] = other | word(word(x[address + e]) << shift)
+        return carry
+
+    @cuda.jit(device=True)
+    def store_one(e: Any, carry: Any, y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+        if index + e >= 0 and index + e < n:
+            shift = word(bits * (e % per_word))
+            y[address + e] = element(words[position + e // per_word] >> shift)
+        return carry
+
+    pad, load_elements, store_elements = repeated(pad_one, n_words), repeated(load_one, vector), repeated(store_one, vector)
+
+    @cuda.jit(device=True)
     def load(x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
         if index >= 0 and index + vector <= n:
             _instructions.load_vector(x, address, words, position)
         else:
-            for w in range(n_words):
-                words[position + w] = full_padding
-            for e in range(vector):
-                if index + e >= 0 and index + e < n:
-                    if per_word == 1:
-                        words[position + e] = word(x[address + e])
-                    else:
-                        w, shift = position + e // 2, word(half * (e % 2))
-                        kept = words[w] & word(word(0xFFFF0000) >> shift)
-                        words[w] = kept | word(word(x[address + e]) << shift)
+            pad(0, words, position)
+            load_elements(0, x, address, index, n, words, position)
 
     @cuda.jit(device=True)
     def store(y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
         if index >= 0 and index + vector <= n:
             _instructions.store_vector(y, address, words, position)
         else:
-            for e in range(vector):
-                if index + e >= 0 and index + e < n:
-                    y[address + e] = element(words[position + e // per_word] >> word(half * (e % per_word)))
+            store_elements(0, y, address, index, n, words, position)
 
     return SimpleNamespace(load=load, store=store)
 
@@ -282,11 +334,9 @@ def folding(format: Format, vectorized: bool) -> SimpleNamespace:
     zero, one = format.real(0), format.real(1)
 
     @cuda.jit(device=True)
-    def largest(words: Any, position: Any, maximum: Any) -> Any:
-        for w in range(n_words):
-            for place in range(per_word):
-                maximum = larger(maximum, value(words[position + w], place))
-        return maximum
+    def largest_of_word(w: Any, maximum: Any, words: Any, position: Any) -> Any:
+        for_first = larger(maximum, value(words[position + w], 0))
+        return larger(for_first, value(words[position + w], 1)) if per_word == 2 else for_first
 
     @cuda.jit(device=True)
     def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
@@ -296,18 +346,27 @@ def folding(format: Format, vectorized: bool) -> SimpleNamespace:
         return (sum + ties * term(maximum, maximum)) * rebase(maximum, new_maximum), zero
 
     @cuda.jit(device=True)
-    def add(words: Any, position: Any, maximum: Any, sum: Any, ties: Any) -> Any:
+    def add_element(sum: Any, ties: Any, x: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+        of_x = power(x - offset, shift)
+        return sum + (zero if x == maximum else of_x), ties + (one if x == maximum else zero)
+
+    @cuda.jit(device=True)
+    def add_word(w: Any, carry: Any, words: Any, position: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+        word = words[position + w]
+        sum, ties = add_element(carry[0], carry[1], value(word, 0), maximum, offset, shift)
+        if per_word == 2:
+            sum, ties = add_element(sum, ties, value(word, 1), maximum, offset, shift)
+        return sum, ties
+
+    largest, add_words = repeated(largest_of_word, n_words), repeated(add_word, n_words)
+
+    @cuda.jit(device=True)
+    def add(sum: Any, ties: Any, words: Any, position: Any, maximum: Any) -> Any:
         offset, shift = reference(maximum)
-        of_vector = zero
-        for w in range(n_words):
-            for place in range(per_word):
-                x = value(words[position + w], place)
-                one_term = power(x - offset, shift)
-                of_vector += zero if x == maximum else one_term
-                ties += one if x == maximum else zero
+        of_vector, ties = add_words((zero, ties), words, position, maximum, offset, shift)
         return sum + of_vector, ties
 
-    return SimpleNamespace(largest=largest, advance=advance, add=add)
+    return SimpleNamespace(largest=largest, advance=advance, add=add, add_element=add_element)
 
 
 @cache
@@ -378,12 +437,20 @@ def results(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
             return scaled(power(x - offset, shift), shared, low)
 
     @cuda.jit(device=True)
+    def of_word(
+        w: Any, carry: Any, words: Any, position: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any
+    ) -> Any:
+        word = words[position + w]
+        second = one(value(word, 1), maximum, offset, shift, shared, low, g) if per_word == 2 else zero
+        words[position + w] = pack(one(value(word, 0), maximum, offset, shift, shared, low, g), second)
+        return carry
+
+    of_each_word = repeated(of_word, n_words)
+
+    @cuda.jit(device=True)
     def of_words(words: Any, position: Any, maximum: Any, shared: Any, low: Any, g: Any) -> Any:
         offset, shift = reference(maximum)
-        for w in range(position, position + n_words):
-            first = one(value(words[w], 0), maximum, offset, shift, shared, low, g)
-            second = one(value(words[w], 1), maximum, offset, shift, shared, low, g) if per_word == 2 else zero
-            words[w] = pack(first, second)
+        of_each_word(0, words, position, maximum, offset, shift, shared, low, g)
 
     @cuda.jit(device=True)
     def write_logsumexp(y: Any, address: Any, maximum: Any, log_total: Any) -> Any:
@@ -397,34 +464,68 @@ def results(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
 
 
 @cache
+def tiles(kernel: Kernel, format: Format, vectorized: bool, count: int) -> SimpleNamespace:
+    """Return device functions for so many vectors of a row that a lane has in registers, ``step`` elements apart.
+
+    ``read`` and ``write`` move them, ``largest`` and ``add`` take them into the state of the lane.
+    """
+    _, n_words, _ = access(format, vectorized)
+    memory, fold = vectors(format, vectorized, format.minus_infinity), folding(format, vectorized)
+    load, store, vector_largest, vector_add = memory.load, memory.store, fold.largest, fold.add
+    of_words = results(kernel, format, vectorized).of_words
+
+    @cuda.jit(device=True)
+    def read_one(h: Any, carry: Any, x: Any, start: Any, first: Any, step: Any, n: Any, reduced: Any, words: Any) -> Any:
+        i = first + h * step
+        load(x, start + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
+        return carry
+
+    @cuda.jit(device=True)
+    def largest_of_one(h: Any, maximum: Any, words: Any) -> Any:
+        return vector_largest(maximum, words, h * n_words)
+
+    @cuda.jit(device=True)
+    def add_one(h: Any, carry: Any, words: Any, maximum: Any) -> Any:
+        return vector_add(carry[0], carry[1], words, h * n_words, maximum)
+
+    @cuda.jit(device=True)
+    def write_one(
+        h: Any, carry: Any, y: Any, start: Any, first: Any, step: Any, n: Any, reduced: Any, words: Any,
+        maximum: Any, shared: Any, low: Any, g: Any,
+    ) -> Any:  # fmt: skip
+        i = first + h * step
+        of_words(words, h * n_words, maximum, shared, low, g)
+        store(y, start + (i if vectorized else places(i, reduced)[1]), i, n, words, h * n_words)
+        return carry
+
+    return SimpleNamespace(
+        read=repeated(read_one, count),
+        largest=repeated(largest_of_one, count),
+        add=repeated(add_one, count),
+        write=repeated(write_one, count),
+    )
+
+
+@cache
 def ranges(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
     """Return device functions for parts of a row that do not stay in registers: read them, and read them again.
 
     Both take the index of a lane's first element, where the part ends, the length of the row and a lane's step.
     """
     _, n_words, _ = access(format, vectorized)
-    memory = vectors(format, vectorized, format.minus_infinity)
-    load, store = memory.load, memory.store
-    fold, of_words = folding(format, vectorized), results(kernel, format, vectorized).of_words
-    largest, advance, add = fold.largest, fold.advance, fold.add
-    word, lowest, zero = format.word, format.real(-np.inf), format.real(0)
-    n_in_flight = IN_FLIGHT * n_words
+    tile, advance = tiles(kernel, format, vectorized, IN_FLIGHT), folding(format, vectorized).advance
+    read, largest, add, write = tile.read, tile.largest, tile.add, tile.write
+    word, lowest, zero, n_tile = format.word, format.real(-np.inf), format.real(0), IN_FLIGHT * n_words
 
     @cuda.jit(device=True)
     def fold_range(x: Any, x_row: Any, begin: Any, end: Any, n: Any, step: Any, reduced: Any) -> Any:
         maximum, sum, ties = lowest, zero, zero
-        words = cuda.local.array(n_in_flight, word)
-        for index in range(begin, end, IN_FLIGHT * step):
-            for h in range(IN_FLIGHT):
-                i = index + h * step
-                load(x, x_row + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
-            new_maximum = maximum
-            for h in range(IN_FLIGHT):
-                new_maximum = largest(words, h * n_words, new_maximum)
-            sum, ties = advance(maximum, sum, ties, new_maximum)
+        words = cuda.local.array(n_tile, word)
+        for first in range(begin, end, IN_FLIGHT * step):
+            read(0, x, x_row, first, step, n, reduced, words)
+            new_maximum = largest(maximum, words)
+            sum, ties = add(advance(maximum, sum, ties, new_maximum), words, new_maximum)
             maximum = new_maximum
-            for h in range(IN_FLIGHT):
-                sum, ties = add(words, h * n_words, maximum, sum, ties)
         return maximum, sum, ties
 
     @cuda.jit(device=True)
@@ -432,15 +533,10 @@ def ranges(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
         x: Any, x_row: Any, y: Any, y_row: Any, begin: Any, end: Any, n: Any, step: Any, reduced: Any,
         maximum: Any, shared: Any, low: Any, g: Any,
     ) -> Any:  # fmt: skip
-        words = cuda.local.array(n_in_flight, word)
-        for index in range(begin, end, IN_FLIGHT * step):
-            for h in range(IN_FLIGHT):
-                i = index + h * step
-                load(x, x_row + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
-            for h in range(IN_FLIGHT):
-                i = index + h * step
-                of_words(words, h * n_words, maximum, shared, low, g)
-                store(y, y_row + (i if vectorized else places(i, reduced)[1]), i, n, words, h * n_words)
+        words = cuda.local.array(n_tile, word)
+        for first in range(begin, end, IN_FLIGHT * step):
+            read(0, x, x_row, first, step, n, reduced, words)
+            write(0, y, y_row, first, step, n, reduced, words, maximum, shared, low, g)
 
     return SimpleNamespace(fold_range=fold_range, write_range=write_range)
 
@@ -452,20 +548,18 @@ def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, hel
     Each lane holds so many vectors in registers. The rest of the row, if any, is read twice.
     """
     vector, n_words, _ = access(format, vectorized)
-    memory, meet = vectors(format, vectorized, format.minus_infinity), meeting(format.precision, lanes)
-    load, store, meet_largest, meet_sum = memory.load, memory.store, meet.largest, meet.sum
-    fold, part, result = folding(format, vectorized), ranges(kernel, format, vectorized), results(kernel, format, vectorized)
-    largest, advance, add, fold_range, write_range = fold.largest, fold.advance, fold.add, part.fold_range, part.write_range
-    of_row, of_words, write_logsumexp, read_g = result.of_row, result.of_words, result.write_logsumexp, result.read_g
-    state = _state.on_device(format.precision)
-    larger, term = state.larger, state.term
+    tile, meet, part = tiles(kernel, format, vectorized, held), meeting(format.precision, lanes), ranges(kernel, format, vectorized)
+    read, largest, add, write = tile.read, tile.largest, tile.add, tile.write
+    meet_largest, meet_sum, fold_range, write_range = meet.largest, meet.sum, part.fold_range, part.write_range
+    result, state = results(kernel, format, vectorized), _state.on_device(format.precision)
+    of_row, write_logsumexp, read_g = result.of_row, result.write_logsumexp, result.read_g
+    advance, larger, term = folding(format, vectorized).advance, state.larger, state.term
     word, lowest, zero, one = format.word, format.real(-np.inf), format.real(0), format.real(1)
     is_reduction, has_g, n_held = kernel == "logsumexp", kernel == "logsumexp_vjp", held * n_words
 
     def rows(x: Any, y: Any, g: Any, n_rows: Any, n_cols: Any, phase: Any, kept: Any, reduced: Any) -> None:
         if lanes:
-            width = np.int64(lanes)
-            lane = np.int64(cuda.threadIdx.x % lanes)
+            width, lane = np.int64(lanes), np.int64(cuda.threadIdx.x % lanes)
             row = np.int64(cuda.blockIdx.x) * (cuda.blockDim.x // lanes) + cuda.threadIdx.x // lanes
         else:
             width, lane, row = np.int64(cuda.blockDim.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
@@ -476,20 +570,14 @@ def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, hel
         rest = first + held * step
 
         words = cuda.local.array(n_held, word)
-        for h in range(held):
-            i = first + h * step
-            load(x, x_row + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
-        maximum, rest_maximum, sum, ties = lowest, lowest, zero, zero
-        for h in range(held):
-            maximum = largest(words, h * n_words, maximum)
+        read(0, x, x_row, first, step, n, reduced, words)
+        maximum, rest_maximum, sum, ties = largest(lowest, words), lowest, zero, zero
         if has_rest:
             rest_maximum, sum, ties = fold_range(x, x_row, rest, n, n, step, reduced)
-
         maximum = meet_largest(larger(maximum, rest_maximum))
         if has_rest:
             sum, ties = advance(rest_maximum, sum, ties, maximum)
-        for h in range(held):
-            sum, ties = add(words, h * n_words, maximum, sum, ties)
+        sum, ties = add((sum, ties), words, maximum)
         sum, ties = meet_sum(sum), meet_sum(ties)
         shared, low = of_row(maximum, sum + (ties - one) * term(maximum, maximum))
 
@@ -498,14 +586,111 @@ def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, hel
                 write_logsumexp(y, y_row, maximum, shared)
         else:
             g_of_row = read_g(g, g_row) if has_g and row < n_rows else zero
-            for h in range(held):
-                i = first + h * step
-                of_words(words, h * n_words, maximum, shared, low, g_of_row)
-                store(y, y_row + (i if vectorized else places(i, reduced)[1]), i, n, words, h * n_words)
+            write(0, y, y_row, first, step, n, reduced, words, maximum, shared, low, g_of_row)
             if has_rest:
                 write_range(x, x_row, y, y_row, rest, n, n, step, reduced, maximum, shared, low, g_of_row)
 
     return rows
+
+
+@cache
+def product_row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, held: int, has_rest: bool) -> Any:
+    """Make a kernel for the vector-Jacobian products of softmax, from p and g, and of log_softmax, from log p and g.
+
+    Rows are shared as in `row_kernel`. What lanes meet about is a sum over the row, of p * g or of g; an element whose
+    probability is 0 adds nothing to the first and gets no gradient through it, whatever its g.
+    """
+    vector, n_words, per_word = access(format, vectorized)
+    memory, meet_sum = vectors(format, vectorized, 0), meeting(format.precision, lanes).sum
+    load, store, value, pack = memory.load, memory.store, elements(format).value, elements(format).pack
+    exponential = _state.on_device(format.precision).exponential
+    word, zero, n_held, is_softmax = format.word, format.real(0), held * n_words, kernel == "softmax_vjp"
+
+    @cuda.jit(device=True)
+    def summand(x: Any, g: Any) -> Any:
+        if is_softmax:
+            return zero if x == zero else x * g
+        return g
+
+    @cuda.jit(device=True)
+    def result(x: Any, g: Any, sum: Any) -> Any:
+        if is_softmax:
+            return zero if x == zero else x * (g - sum)
+        p = exponential(x)
+        return g if p == zero else g - p * sum
+
+    @cuda.jit(device=True)
+    def add_word(w: Any, sum: Any, x_words: Any, g_words: Any, position: Any) -> Any:
+        x_word, g_word = x_words[position + w], g_words[position + w]
+        sum += summand(value(x_word, 0), value(g_word, 0))
+        if per_word == 2:
+            sum += summand(value(x_word, 1), value(g_word, 1))
+        return sum
+
+    @cuda.jit(device=True)
+    def of_word(w: Any, carry: Any, x_words: Any, g_words: Any, position: Any, sum: Any) -> Any:
+        x_word, g_word = x_words[position + w], g_words[position + w]
+        second = result(value(x_word, 1), value(g_word, 1), sum) if per_word == 2 else zero
+        x_words[position + w] = pack(result(value(x_word, 0), value(g_word, 0), sum), second)
+        return carry
+
+    add_words, of_words = repeated(add_word, n_words), repeated(of_word, n_words)
+
+    @cuda.jit(device=True)
+    def read_one(
+        h: Any, carry: Any, x: Any, x_row: Any, g: Any, g_row: Any, first: Any, step: Any, n: Any, reduced: Any,
+        x_words: Any, g_words: Any,
+    ) -> Any:  # fmt: skip
+        i = first + h * step
+        load(x, x_row + (i if vectorized else places(i, reduced)[0]), i, n, x_words, h * n_words)
+        load(g, g_row + (i if vectorized else places(i, reduced)[2]), i, n, g_words, h * n_words)
+        return carry
+
+    @cuda.jit(device=True)
+    def add_one(h: Any, sum: Any, x_words: Any, g_words: Any) -> Any:
+        return sum + add_words(zero, x_words, g_words, h * n_words)
+
+    @cuda.jit(device=True)
+    def write_one(
+        h: Any, carry: Any, y: Any, y_row: Any, first: Any, step: Any, n: Any, reduced: Any,
+        x_words: Any, g_words: Any, sum: Any,
+    ) -> Any:  # fmt: skip
+        i = first + h * step
+        of_words(0, x_words, g_words, h * n_words, sum)
+        store(y, y_row + (i if vectorized else places(i, reduced)[1]), i, n, x_words, h * n_words)
+        return carry
+
+    read, add, write = repeated(read_one, held), repeated(add_one, held), repeated(write_one, held)
+
+    def product_rows(x: Any, y: Any, g: Any, n_rows: Any, n_cols: Any, phase: Any, kept: Any, reduced: Any) -> None:
+        if lanes:
+            width, lane = np.int64(lanes), np.int64(cuda.threadIdx.x % lanes)
+            row = np.int64(cuda.blockIdx.x) * (cuda.blockDim.x // lanes) + cuda.threadIdx.x // lanes
+        else:
+            width, lane, row = np.int64(cuda.blockDim.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        n = n_cols if row < n_rows else np.int64(0)
+        x_row, y_row, g_row = places(row, kept)
+        first = lane * vector - ((phase + x_row) & (vector - 1))
+        step = width * vector
+
+        x_words = cuda.local.array(n_held, word)
+        g_words = cuda.local.array(n_held, word)
+        read(0, x, x_row, g, g_row, first, step, n, reduced, x_words, g_words)
+        sum = add(zero, x_words, g_words)
+        if has_rest:
+            x_rest = cuda.local.array(n_held, word)
+            g_rest = cuda.local.array(n_held, word)
+            for begin in range(first + held * step, n, held * step):
+                read(0, x, x_row, g, g_row, begin, step, n, reduced, x_rest, g_rest)
+                sum += add(zero, x_rest, g_rest)
+        sum = meet_sum(sum)
+        write(0, y, y_row, first, step, n, reduced, x_words, g_words, sum)
+        if has_rest:
+            for begin in range(first + held * step, n, held * step):
+                read(0, x, x_row, g, g_row, begin, step, n, reduced, x_rest, g_rest)
+                write(0, y, y_row, begin, step, n, reduced, x_rest, g_rest, sum)
+
+    return product_rows
 
 
 @cache
@@ -569,112 +754,172 @@ def chunk_result_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any
 
 
 @cache
+def columns(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return device functions for the vectors of a strip, whose elements belong to as many rows.
+
+    A lane keeps what it knows of each of its rows in arrays: ``maxima``, ``sums`` and ``ties``, and in the end
+    ``shared``, ``lows`` and ``gs``, the arguments of their results.
+    """
+    vector, n_words, per_word = access(format, vectorized)
+    memory, one_result = vectors(format, vectorized, format.minus_infinity), results(kernel, format, vectorized).of_one
+    load, store, value, pack = memory.load, memory.store, elements(format).value, elements(format).pack
+    fold, state, zero = folding(format, vectorized), _state.on_device(format.precision), format.real(0)
+    advance, add_element, larger, reference = fold.advance, fold.add_element, state.larger, state.reference
+
+    @cuda.jit(device=True)
+    def read_one(h: Any, carry: Any, x: Any, start: Any, step: Any, j: Any, n: Any, column: Any, n_inner: Any, words: Any) -> Any:
+        i = j + h * cuda.blockDim.y
+        load(x, start + i * step + column, column, n_inner if i < n else np.int64(0), words, h * n_words)
+        return carry
+
+    @cuda.jit(device=True)
+    def larger_one(h: Any, maximum: Any, words: Any, v: Any) -> Any:
+        return larger(maximum, value(words[h * n_words + v // per_word], v % per_word))
+
+    @cuda.jit(device=True)
+    def add_one(h: Any, carry: Any, words: Any, v: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+        x = value(words[h * n_words + v // per_word], v % per_word)
+        return add_element(carry[0], carry[1], x, maximum, offset, shift)
+
+    largest, add = repeated(larger_one, IN_FLIGHT), repeated(add_one, IN_FLIGHT)
+
+    @cuda.jit(device=True)
+    def fold_one(v: Any, carry: Any, words: Any, maxima: Any, sums: Any, ties: Any) -> Any:
+        maximum = largest(maxima[v], words, v)
+        offset, shift = reference(maximum)
+        sums[v], ties[v] = add(advance(maxima[v], sums[v], ties[v], maximum), words, v, maximum, offset, shift)
+        maxima[v] = maximum
+        return carry
+
+    @cuda.jit(device=True)
+    def result_of(word: Any, place: Any, v: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
+        offset, shift = reference(maxima[v])
+        return one_result(value(word, place), maxima[v], offset, shift, shared[v], lows[v], gs[v])
+
+    @cuda.jit(device=True)
+    def result_word(w: Any, carry: Any, position: Any, words: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
+        word, v = words[position + w], w * per_word
+        second = result_of(word, 1, v + 1, maxima, shared, lows, gs) if per_word == 2 else zero
+        words[position + w] = pack(result_of(word, 0, v, maxima, shared, lows, gs), second)
+        return carry
+
+    result_words = repeated(result_word, n_words)
+
+    @cuda.jit(device=True)
+    def write_one(
+        h: Any, carry: Any, y: Any, start: Any, step: Any, j: Any, n: Any, column: Any, n_inner: Any, words: Any,
+        maxima: Any, shared: Any, lows: Any, gs: Any,
+    ) -> Any:  # fmt: skip
+        i = j + h * cuda.blockDim.y
+        result_words(0, h * n_words, words, maxima, shared, lows, gs)
+        store(y, start + i * step + column, column, n_inner if i < n else np.int64(0), words, h * n_words)
+        return carry
+
+    return SimpleNamespace(
+        read=repeated(read_one, IN_FLIGHT), fold=repeated(fold_one, vector), write=repeated(write_one, IN_FLIGHT)
+    )
+
+
+@cache
 def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int) -> Any:
     """Make a kernel for rows that lie side by side: a block has a strip of them, ``blockDim.x`` vectors wide.
 
     Lanes above each other (in ``threadIdx.y``, a power of two of them) have different elements of the same rows. Each
     element is read twice; strips are narrow enough that those under way stay in the L2 cache.
     """
-    vector, n_words, per_word = access(format, vectorized)
-    memory, fold, result = vectors(format, vectorized, format.minus_infinity), folding(format, vectorized), results(kernel, format, vectorized)
-    load, store, advance = memory.load, memory.store, fold.advance
-    value, pack = elements(format).value, elements(format).pack
-    state = _state.on_device(format.precision)
-    larger, term, reference, power = state.larger, state.term, state.reference, state.power
-    of_row, one_result, write_logsumexp, read_g = result.of_row, result.of_one, result.write_logsumexp, result.read_g
-    word, real = format.word, format.real
-    lowest, zero, one = real(-np.inf), real(0), real(1)
+    vector, n_words, _ = access(format, vectorized)
+    strip, result, state = columns(kernel, format, vectorized), results(kernel, format, vectorized), _state.on_device(format.precision)
+    read, fold, write, advance = strip.read, strip.fold, strip.write, folding(format, vectorized).advance
+    of_row, write_logsumexp, read_g, larger, term = result.of_row, result.write_logsumexp, result.read_g, state.larger, state.term
+    word, real, lowest, zero, one = format.word, format.real, format.real(-np.inf), format.real(0), format.real(1)
     is_reduction, has_g = kernel == "logsumexp", kernel == "logsumexp_vjp"
-    n_in_flight, n_shared = IN_FLIGHT * n_words, threads * vector
+    n_tile, n_meeting = IN_FLIGHT * n_words, threads * vector
+
+    @cuda.jit(device=True)
+    def advance_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any, base: Any, meeting_a: Any) -> Any:
+        maximum = meeting_a[base + v]
+        sums[v], ties[v] = advance(maxima[v], sums[v], ties[v], maximum)
+        maxima[v] = maximum
+        return carry
+
+    @cuda.jit(device=True)
+    def finish_one(
+        v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any, base: Any,
+        meeting_a: Any, meeting_b: Any, maxima: Any, shared: Any, lows: Any, gs: Any,
+    ) -> Any:  # fmt: skip
+        top = term(maxima[v], maxima[v])
+        shared[v], lows[v] = of_row(maxima[v], meeting_a[base + v] + (meeting_b[base + v] - one) * top)
+        is_row = column + v >= 0 and column + v < n_inner
+        if is_reduction and is_row and cuda.threadIdx.y == 0:
+            write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shared[v])
+        gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
+        return carry
+
+    @cuda.jit(device=True)
+    def begin_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any) -> Any:
+        maxima[v], sums[v], ties[v] = lowest, zero, zero
+        return carry
+
+    @cuda.jit(device=True)
+    def show_one(v: Any, carry: Any, values: Any, mine: Any, meeting: Any) -> Any:
+        meeting[mine + v] = values[v]
+        return carry
+
+    begin, show = repeated(begin_one, vector), repeated(show_one, vector)
+    advance_all, finish = repeated(advance_one, vector), repeated(finish_one, vector)
 
     def strips(
         x: Any, y: Any, g: Any, n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any
     ) -> None:
-        block = np.int64(cuda.blockIdx.x)
+        block, layer = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.y)
         x_start, y_start, g_start = places(block // n_strips, kept)
         column = (block % n_strips * cuda.blockDim.x + cuda.threadIdx.x) * vector - phase
-        layer, n_layers = np.int64(cuda.threadIdx.y), np.int64(cuda.blockDim.y)
-        x_step, y_step = reduced[1], reduced[2]
+        stride = IN_FLIGHT * cuda.blockDim.y
 
-        words = cuda.local.array(n_in_flight, word)
-        maxima, sums, ties = cuda.local.array(vector, real), cuda.local.array(vector, real), cuda.local.array(vector, real)
-        shareds, lows, gs = cuda.local.array(vector, real), cuda.local.array(vector, real), cuda.local.array(vector, real)
-        for v in range(vector):
-            maxima[v], sums[v], ties[v] = lowest, zero, zero
-        for j in range(layer, n_cols, IN_FLIGHT * n_layers):
-            for h in range(IN_FLIGHT):
-                i = j + h * n_layers
-                load(x, x_start + i * x_step + column, column, n_inner if i < n_cols else 0, words, h * n_words)
-            for v in range(vector):
-                maximum = maxima[v]
-                for h in range(IN_FLIGHT):
-                    maximum = larger(maximum, value(words[h * n_words + v // per_word], v % per_word))
-                sums[v], ties[v] = advance(maxima[v], sums[v], ties[v], maximum)
-                maxima[v] = maximum
-                offset, shift = reference(maximum)
-                for h in range(IN_FLIGHT):
-                    e = value(words[h * n_words + v // per_word], v % per_word)
-                    of_e = power(e - offset, shift)
-                    sums[v] += zero if e == maximum else of_e
-                    ties[v] += one if e == maximum else zero
+        words = cuda.local.array(n_tile, word)
+        maxima = cuda.local.array(vector, real)
+        sums = cuda.local.array(vector, real)
+        ties = cuda.local.array(vector, real)
+        begin(0, maxima, sums, ties)
+        for j in range(layer, n_cols, stride):
+            read(0, x, x_start, reduced[1], j, n_cols, column, n_inner, words)
+            fold(0, words, maxima, sums, ties)
 
-        # Layers meet two by two.
-        shared_a = cuda.shared.array(n_shared, real)
-        shared_b = cuda.shared.array(n_shared, real)
-        mine, layer_size = (layer * cuda.blockDim.x + cuda.threadIdx.x) * vector, cuda.blockDim.x * vector
-        base = cuda.threadIdx.x * vector
-        for v in range(vector):
-            shared_a[mine + v] = maxima[v]
+        # Layers meet two by two: first their maxima, then the sums beside these.
+        meeting_a = cuda.shared.array(n_meeting, real)
+        meeting_b = cuda.shared.array(n_meeting, real)
+        base, layer_size = cuda.threadIdx.x * vector, cuda.blockDim.x * vector
+        mine = layer * layer_size + base
+        show(0, maxima, mine, meeting_a)
         cuda.syncthreads()
-        half = n_layers // 2
+        half = np.int64(cuda.blockDim.y // 2)
         while half > 0:
             if layer < half:
-                for v in range(vector):
-                    shared_a[mine + v] = larger(shared_a[mine + v], shared_a[mine + half * layer_size + v])
+                for place in range(mine, mine + vector):
+                    meeting_a[place] = larger(meeting_a[place], meeting_a[place + half * layer_size])
             cuda.syncthreads()
             half //= 2
-        for v in range(vector):
-            maximum = shared_a[base + v]
-            sums[v], ties[v] = advance(maxima[v], sums[v], ties[v], maximum)
-            maxima[v] = maximum
+        advance_all(0, maxima, sums, ties, base, meeting_a)
         cuda.syncthreads()
-        for v in range(vector):
-            shared_a[mine + v], shared_b[mine + v] = sums[v], ties[v]
+        show(0, sums, mine, meeting_a)
+        show(0, ties, mine, meeting_b)
         cuda.syncthreads()
-        half = n_layers // 2
+        half = np.int64(cuda.blockDim.y // 2)
         while half > 0:
             if layer < half:
-                for v in range(vector):
-                    shared_a[mine + v] += shared_a[mine + half * layer_size + v]
-                    shared_b[mine + v] += shared_b[mine + half * layer_size + v]
+                for place in range(mine, mine + vector):
+                    meeting_a[place] += meeting_a[place + half * layer_size]
+                    meeting_b[place] += meeting_b[place + half * layer_size]
             cuda.syncthreads()
             half //= 2
 
-        for v in range(vector):
-            shareds[v], lows[v] = of_row(maxima[v], shared_a[base + v] + (shared_b[base + v] - one) * term(maxima[v], maxima[v]))
-            is_row = column + v >= 0 and column + v < n_inner
-            if is_reduction and layer == 0 and is_row:
-                write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shareds[v])
-            gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
-        if is_reduction:
-            return
-        for j in range(layer, n_cols, IN_FLIGHT * n_layers):
-            for h in range(IN_FLIGHT):
-                i = j + h * n_layers
-                load(x, x_start + i * x_step + column, column, n_inner if i < n_cols else 0, words, h * n_words)
-            for h in range(IN_FLIGHT):
-                i = j + h * n_layers
-                for w in range(n_words):
-                    v, at = w * per_word, h * n_words + w
-                    offset, shift = reference(maxima[v])
-                    first = one_result(value(words[at], 0), maxima[v], offset, shift, shareds[v], lows[v], gs[v])
-                    second = zero
-                    if per_word == 2:
-                        offset, shift = reference(maxima[v + 1])
-                        second = one_result(
-                            value(words[at], 1), maxima[v + 1], offset, shift, shareds[v + 1], lows[v + 1], gs[v + 1]
-                        )
-                    words[at] = pack(first, second)
-                store(y, y_start + i * y_step + column, column, n_inner if i < n_cols else 0, words, h * n_words)
+        shared = cuda.local.array(vector, real)
+        lows = cuda.local.array(vector, real)
+        gs = cuda.local.array(vector, real)
+        finish(0, y, y_start, g, g_start, column, n_inner, inner, base, meeting_a, meeting_b, maxima, shared, lows, gs)
+        if not is_reduction:
+            for j in range(layer, n_cols, stride):
+                read(0, x, x_start, reduced[1], j, n_cols, column, n_inner, words)
+                write(0, y, y_start, reduced[2], j, n_cols, column, n_inner, words, maxima, shared, lows, gs)
 
     return strips

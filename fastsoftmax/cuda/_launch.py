@@ -23,6 +23,10 @@ from fastsoftmax.cuda._kernels import Format, Kernel
 from fastsoftmax.cuda._plan import MOST_THREADS, VECTOR_BYTES, Device, LaunchPlan
 
 
+# Kernels of two inputs that are equally large.
+PRODUCTS = ("softmax_vjp", "log_softmax_vjp")
+
+
 class Launch(NamedTuple):
     """One kernel, and what it is launched with.
 
@@ -69,7 +73,8 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
         return (launch(make, n_rows // n_inner * n_strips, "x", "y", "g", *arguments),)
     if plan.traversal == "rows":
         lanes = plan.threads_per_row if plan.threads_per_row <= 32 else 0
-        make = partial(_kernels.row_kernel, kernel, format, vectorized, lanes, plan.held, plan.has_rest)
+        kernels = _kernels.product_row_kernel if kernel in PRODUCTS else _kernels.row_kernel
+        make = partial(kernels, kernel, format, vectorized, lanes, plan.held, plan.has_rest)
         return (launch(make, -(-n_rows // plan.rows_per_block), "x", "y", "g", n_rows, n_cols, phase, kept, reduced),)
     sizes = plan.n_chunks, plan.chunk, n_cols, phase, kept, reduced
     states = partial(_kernels.chunk_state_kernel, format, vectorized)

@@ -16,9 +16,11 @@ Traversal = Literal["rows", "split", "strips"]
 
 VECTOR_BYTES = 16
 
-# Vectors that a lane holds before more lanes are taken, at most: 64 bytes on their way per lane are enough to keep the
-# memory busy. With 8, of which only the longest rows make use, kernels take up to 128 registers, all that 512 lanes have.
+# Vectors that a lane holds before more lanes are taken: 64 bytes on their way per lane keep the memory busy. Rows that
+# need more than 512 lanes have lanes hold more, up to what fits in 128 registers, all that 512 lanes have; where there is
+# a rest to be read, and in float64, that is less.
 HELD, MOST_HELD, MOST_THREADS = 4, 8, 512
+MOST_HELD_OF_MORE = 6
 
 # Threads of a block of rows that need a warp or less.
 ROWS_THREADS = 128
@@ -88,7 +90,7 @@ class LaunchPlan:
         return self.threads_per_row * self.rows_per_block, 1
 
 
-def choose(layout: Layout, phases: tuple[int, ...], device: Device) -> LaunchPlan:
+def choose(layout: Layout, phases: tuple[int, ...], device: Device, n_inputs: int = 1) -> LaunchPlan:
     """Choose the plan for a layout.
 
     Parameters
@@ -100,25 +102,28 @@ def choose(layout: Layout, phases: tuple[int, ...], device: Device) -> LaunchPla
         as the input; what has one element for each row is read and written by itself.
     device : Device
         The card.
+    n_inputs : int
+        Inputs of the same size that lanes hold. Two are only ever read by rows.
     """
-    strip = _has_strips(layout, len(phases))
+    strip = n_inputs == 1 and _has_strips(layout, len(phases))
     vector = VECTOR_BYTES // layout.itemsize if _is_vectorized(layout, phases, strip) else 1
     if strip:
         return _strips(layout, vector, device)
     n_vectors = -(-(layout.n_cols + (vector - 1 if _has_phase(layout, phases) else 0)) // vector)
-    row_bytes = layout.n_cols * layout.itemsize
-    if n_vectors > MOST_THREADS * MOST_HELD:
-        rest_bytes = row_bytes - MOST_THREADS * MOST_HELD * vector * layout.itemsize
+    held, most_held = HELD // n_inputs, (MOST_HELD_OF_MORE if layout.itemsize == 8 else MOST_HELD) // n_inputs
+    if n_vectors > MOST_THREADS * most_held:
+        held = MOST_HELD_OF_MORE // n_inputs
+        rest_bytes = (n_vectors - MOST_THREADS * held) * vector * layout.itemsize
         is_cached = rest_bytes * device.n_multiprocessors <= CACHE_SHARE * device.l2_bytes
-        if 2 * layout.n_rows < device.n_multiprocessors or not is_cached:
+        if n_inputs == 1 and (2 * layout.n_rows < device.n_multiprocessors or not is_cached):
             return _split(n_vectors, vector)
-        return LaunchPlan("rows", vector, MOST_THREADS, 1, MOST_HELD, has_rest=True)
+        return LaunchPlan("rows", vector, MOST_THREADS, 1, held, has_rest=True)
     threads = 1
-    while threads < 32 and n_vectors > threads * HELD:
+    while threads < 32 and n_vectors > threads * held:
         threads *= 2
-    if n_vectors <= threads * HELD:
+    if n_vectors <= threads * held:
         return LaunchPlan("rows", vector, threads, ROWS_THREADS // threads, -(-n_vectors // threads))
-    held = HELD if n_vectors <= MOST_THREADS * HELD else MOST_HELD
+    held = held if n_vectors <= MOST_THREADS * held else most_held
     return LaunchPlan("rows", vector, -(-n_vectors // (32 * held)) * 32, 1, held)
 
 

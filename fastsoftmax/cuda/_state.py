@@ -126,6 +126,11 @@ def rebase(maximum: Any, new_maximum: Any) -> Any:
     return power(offset - new_offset, new_shift - shift) * UNBIAS
 
 
+def exponential(x: Any) -> Any:
+    """exp(x) for an x of at most 0."""
+    return power(x, ZERO) * UNBIAS
+
+
 def merge(a_maximum: Any, a_sum: Any, b_maximum: Any, b_sum: Any) -> Any:
     """The state of the elements of two states."""
     maximum = larger(a_maximum, b_maximum)
@@ -172,7 +177,7 @@ Precision = Literal["half", "single", "double"]
 
 _REFERENCES = {"half": reference_half, "single": reference_single, "double": reference_double}
 _POWERS = {"half": power_half, "single": power_single, "double": power_double}
-_GENERIC = (term, rebase, merge, fold, inverse_total, scaled, log_total, probability, logsumexp)
+_GENERIC = (term, rebase, exponential, merge, fold, inverse_total, scaled, log_total, probability, logsumexp)
 
 
 def _bind(precision: Precision, decorate: Callable[[Any], Any], **instructions: Any) -> SimpleNamespace:

@@ -124,6 +124,7 @@ def small_plans(monkeypatch):
 
     monkeypatch.setattr(_plan, "MOST_THREADS", 64)
     monkeypatch.setattr(_plan, "MOST_HELD", 2)
+    monkeypatch.setattr(_plan, "MOST_HELD_OF_MORE", 2)
     monkeypatch.setattr(_plan, "HELD", 2)
     monkeypatch.setattr(_plan, "CHUNK_THREADS", 64)
     monkeypatch.setattr(_plan, "STRIP_THREADS", 64)

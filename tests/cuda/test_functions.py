@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from reference import exact, max_ulp_error, summand_scale
+from tests.reference import exact, max_ulp_error, summand_scale
 
 import fastsoftmax
 from fastsoftmax import record_plans

@@ -1,0 +1,202 @@
+"""The CUDA backend, as far as it can be tried without a device: state, plans, machine code, and the simulator."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.reference import exact, max_ulp_error
+
+pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
+
+from tests import ptx
+
+from fastsoftmax.cuda import _kernels, _state
+from fastsoftmax.cuda._plan import choose
+
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy's scalars, where terms are infinite
+
+
+# The state
+
+
+@pytest.fixture(params=["half", "single", "double"])
+def precision(request):
+    return request.param
+
+
+def real(precision):
+    return np.float64 if precision == "double" else np.float32
+
+
+def folded(functions, elements):
+    state = elements.dtype.type(-np.inf), elements.dtype.type(0)
+    for x in elements:
+        state = functions.fold(*state, x)
+    return state
+
+
+def assert_same_state(functions, state, other, tolerance):
+    """Compare what two states stand for: the maximum, and the sum in units of the maximum's own term."""
+    if np.isnan(state[0]):
+        assert np.isnan(other[0])
+        return
+    assert state[0] == other[0]
+    if np.isfinite(state[0]):
+        top = functions.term(state[0], state[0])
+        assert abs(state[1] / top - other[1] / top) <= tolerance * max(1, state[1] / top)
+
+
+PARTS = {
+    "moderate": ([0.5, -3.0, 2.0], [1.0, 2.0], [-7.0]),
+    "ties": ([2.0, 2.0], [2.0], [1.0, 2.0]),
+    "around where there are offsets": ([510.0, 513.0], [512.0, 500.0], [530.0]),
+    "large": ([-3e8, -3e8], [-2.9e8], [-3.1e8]),
+    "wide": ([80.0, -80.0], [0.0], [79.0]),
+    "empty": ([], [1.0], []),
+    "-inf": ([-np.inf], [1.0, -np.inf], [0.0]),
+    "nothing but -inf": ([-np.inf], [-np.inf], []),
+    "+inf": ([np.inf, 1.0], [2.0], [np.inf]),
+    "nan": ([1.0], [np.nan], [2.0, np.inf]),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_states_are_a_commutative_monoid(precision, parts):
+    functions = _state.plain(precision)
+    a, b, c = (folded(functions, np.array(part, real(precision))) for part in PARTS[parts])
+    tolerance = 8 * np.finfo(real(precision)).eps
+    identity = folded(functions, np.array([], real(precision)))
+    assert_same_state(functions, functions.merge(*a, *b), functions.merge(*b, *a), tolerance)
+    left, right = functions.merge(*functions.merge(*a, *b), *c), functions.merge(*a, *functions.merge(*b, *c))
+    assert_same_state(functions, left, right, tolerance)
+    assert_same_state(functions, functions.merge(*a, *identity), a, 0)
+    assert_same_state(functions, functions.merge(*identity, *a), a, 0)
+
+
+@pytest.mark.parametrize("span", [1, 20, 80])
+@pytest.mark.parametrize("offset", [0, 300, 1e4, -3e8])
+def test_probabilities(precision, span, offset):
+    if precision == "half" and span == 80:
+        pytest.skip("16-bit results have no digits for what differs")
+    functions = _state.plain(precision)
+    rng = np.random.default_rng(0)
+    x = (rng.uniform(-span, span, 60) + offset).astype(real(precision))
+    state = folded(functions, x)
+    computed = np.array([functions.probability(one, *state) for one in x])
+    bound = 4 if precision != "half" else 60  # of 2**13 to a unit of float16
+    assert max_ulp_error(computed, exact("softmax", x)) <= bound
+
+
+def test_what_is_not_the_maximum_keeps_its_digits(precision):
+    functions = _state.plain(precision)
+    state = folded(functions, np.array([0.0, -40.0], real(precision)))
+    assert functions.logsumexp(*state) == pytest.approx(4.248354255291589e-18, rel=1e-5)
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "axis", "traversal", "vector", "threads", "rows", "held", "has_rest", "n_chunks"),
+    [
+        ("float32", (1_000_000, 10), 1, "rows", 4, 1, 128, 4, False, 1),
+        ("float32", (100_000, 128), 1, "rows", 4, 8, 16, 4, False, 1),
+        ("bfloat16", (100_000, 128), 1, "rows", 8, 4, 32, 4, False, 1),
+        ("float32", (8192, 1024), 1, "rows", 4, 64, 1, 4, False, 1),
+        ("float32", (8192, 1025), 1, "rows", 4, 96, 1, 4, False, 1),
+        ("bfloat16", (8192, 4096), 1, "rows", 8, 128, 1, 4, False, 1),
+        ("float32", (8192, 8192), 1, "rows", 4, 512, 1, 4, False, 1),
+        ("float32", (8192, 16384), 1, "rows", 4, 512, 1, 8, False, 1),
+        ("bfloat16", (4096, 65536), 1, "rows", 8, 512, 1, 6, True, 1),
+        ("float32", (4096, 65536), 1, "rows", 4, 512, 1, 6, True, 1),
+        ("float32", (4096, 262144), 1, "split", 4, 256, 1, 0, False, 64),
+        ("float32", (1, 100_000_000), 1, "split", 4, 256, 1, 0, False, 1018),
+        ("float32", (2**17, 2**17), 1, "split", 4, 256, 1, 0, False, 32),
+        ("float32", (8192, 8192), 0, "strips", 4, 256, 8, 0, False, 1),
+        ("float32", (64, 100, 1000), 1, "strips", 4, 16, 128, 0, False, 1),
+        ("float32", (16, 21, 128, 128), 1, "strips", 4, 8, 128, 0, False, 1),
+        ("bfloat16", (16, 21, 5), 1, "strips", 1, 8, 8, 0, False, 1),
+    ],
+)  # fmt: skip
+def test_plans(dtype, shape, axis, traversal, vector, threads, rows, held, has_rest, n_chunks):
+    plan = choose(*ptx.laid_out(shape, axis, ITEMSIZES[dtype]), ptx.H200)
+    assert (plan.traversal, plan.vector, plan.threads_per_row, plan.rows_per_block) == (traversal, vector, threads, rows)
+    assert (plan.held, plan.has_rest, plan.n_chunks) == (held, has_rest, n_chunks)
+    assert 32 <= plan.block[0] * plan.block[1] <= 512
+
+
+def test_vectors_need_rows_on_the_same_boundaries():
+    layout, _ = ptx.laid_out((8, 1000), 1, 4)
+    assert choose(layout, (0, 0), ptx.H200).vector == 4
+    assert choose(layout, (4, 4), ptx.H200).vector == 4
+    assert choose(layout, (4, 0), ptx.H200).vector == 1
+    layout, phases = ptx.laid_out((8, 1000), 1, 4, strides=(1001, 1))  # a slice of longer rows
+    assert choose(layout, phases, ptx.H200).vector == 1
+    layout, phases = ptx.laid_out((8, 1000), 1, 4, strides=(1000, 2))  # every second element
+    assert choose(layout, phases, ptx.H200).vector == 1
+    layout, phases = ptx.laid_out((8, 1000), 1, 4, "logsumexp", strides=(1001, 1))
+    assert choose(layout, phases, ptx.H200).vector == 4
+
+
+@pytest.mark.parametrize("n_cols", [2_000_000, 20_000_001, 2**33])
+def test_chunks_cover_a_row_and_end_where_loops_do(n_cols):
+    plan = choose(*ptx.laid_out((1, n_cols), 1, 2), ptx.H200)
+    assert (plan.n_chunks - 1) * plan.chunk < n_cols <= plan.n_chunks * plan.chunk
+    assert plan.n_chunks <= 1024
+    assert plan.chunk % (plan.vector * plan.threads_per_row * _kernels.IN_FLIGHT) == 0
+
+
+# Machine code
+
+
+@pytest.fixture(params=[80, 90, 100], ids="sm_{}".format, scope="module")
+def machine_code(request):
+    """What became of each kernel on one architecture; `tests.ptx` prints it, too."""
+    if ptx.find_ptxas() is None:
+        pytest.skip("there is no ptxas: pip install nvidia-cuda-nvcc")
+    command = [sys.executable, "-m", "tests.ptx", str(request.param)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_kernel_spills(machine_code):
+    for code in machine_code:
+        assert (code["spilled"], code["stack"], code["ld.local"]) == (0, 0, 0), code
+        assert code["registers"] * code["threads"] <= 65536, code
+
+
+def test_vectors_are_read_and_written_at_once(machine_code):
+    for code in machine_code:
+        width = "v2" if code["dtype"] == "float64" else "v4"
+        reads, writes = (code[f"{instruction}.global.{width}"] for instruction in ("ld", "st"))
+        assert (reads > 0) == (code["vector"] > 1), code
+        assert reads >= (code["held"] if code["vector"] > 1 else 0), code
+        is_writing = code["function"] != "logsumexp" and code["kernel"] != "chunk_states"
+        assert (writes > 0) == (code["vector"] > 1 and is_writing), code
+
+
+def test_exponentials_are_instructions(machine_code):
+    for code in machine_code:
+        assert (code["ex2.approx.ftz.f32"] > 0) == (code["dtype"] != "float64"), code
+
+
+# The simulator
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.joinpath("cuda").glob("test_*.py")), ids=lambda f: f.stem)
+def test_in_the_simulator(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FASTSOFTMAX")}
+    environment["NUMBA_ENABLE_CUDASIM"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    print(done.stdout[-10_000:], done.stderr[-2_000:])
+    assert done.returncode == 0
