@@ -127,9 +127,9 @@ _KERNEL_DTYPES: frozenset[np.dtype[Any]] = frozenset({np.dtype(np.float32), np.d
 BACKENDS = (
     Backend("cython", "fastsoftmax.backends.compiled", _KERNEL_DTYPES),
     Backend("numba", "fastsoftmax.backends.numba_cpu", _KERNEL_DTYPES, min_size=65_536),
-    Backend("numpy", "fastsoftmax.backends.numpy_generic", None),
     # Serves arrays that are on a GPU already. The way there and back takes longer than the other backends need.
     Backend("cuda", "fastsoftmax.backends.numba_cuda", _KERNEL_DTYPES, is_automatic=False),
+    Backend("numpy", "fastsoftmax.backends.numpy_generic", None),
 )
 _by_name = {backend.name: backend for backend in BACKENDS}
 
@@ -254,7 +254,7 @@ def is_on_gpu(x: object) -> bool:
     """Whether an object is an array in the memory of a CUDA device."""
     kind = type(x)
     if hasattr(kind, "__dlpack_device__"):
-        return x.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)  # type: ignore[attr-defined, no-any-return]
+        return x.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)  # type: ignore[attr-defined]
     return hasattr(kind, "__cuda_array_interface__")
 
 
@@ -280,7 +280,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Parameters
     ----------
-    name : {"cython", "numba", "numpy"}
+    name : {"cython", "numba", "numpy", "cuda"}
         The backend. The ``backend`` argument of a call goes before it.
 
     Raises

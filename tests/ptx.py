@@ -1,7 +1,7 @@
 """Kernels of the CUDA backend as machine code, without a device: Numba's compiler to PTX, and ptxas.
 
-``python -m tests.ptx 90`` prints what becomes of each kernel for sm_90, as JSON. Each architecture takes a process of its
-own: Numba keeps device functions as it compiled them for the first.
+``python -m tests.ptx 90`` prints what becomes of each kernel for sm_90, as JSON. Each architecture takes a process of
+its own: Numba keeps device functions as it compiled them for the first.
 """
 
 import json
@@ -88,7 +88,9 @@ def assemble(launch, architecture, directory):
     source.write_text(text)
     command = [find_ptxas(), "-v", "-arch", f"sm_{architecture}", source, "-o", source.with_suffix(".cubin")]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stderr
-    stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", said).groups()
+    stack, stores, loads = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", said
+    ).groups()
     return {
         "kernel": launch.make().__name__,
         "threads": launch.block[0] * launch.block[1],
@@ -107,7 +109,13 @@ def report(architecture):
             for name in SHAPES:
                 for function in FUNCTIONS if name in ("rows of 512 threads", "strips") else FUNCTIONS[:1]:
                     plan, steps = launches(name, function, dtype)
-                    head = {"name": name, "function": function, "dtype": dtype, "vector": plan.vector, "held": plan.held}
+                    head = {
+                        "name": name,
+                        "function": function,
+                        "dtype": dtype,
+                        "vector": plan.vector,
+                        "held": plan.held,
+                    }
                     found += [head | assemble(step, architecture, directory) for step in steps]
     return found
 

@@ -13,10 +13,9 @@ from tests.reference import exact, max_ulp_error
 
 pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
 
-from tests import ptx
-
 from fastsoftmax.cuda import _kernels, _state
 from fastsoftmax.cuda._plan import choose
+from tests import ptx
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -36,6 +35,10 @@ def real(precision):
 
 
 def folded(functions, elements):
+    """Return the state of elements, taken in as lanes do: a few by each, merged in a tree."""
+    if len(elements) > 3:
+        half = len(elements) // 2
+        return functions.merge(*folded(functions, elements[:half]), *folded(functions, elements[half:]))
     state = elements.dtype.type(-np.inf), elements.dtype.type(0)
     for x in elements:
         state = functions.fold(*state, x)
@@ -127,7 +130,12 @@ def test_what_is_not_the_maximum_keeps_its_digits(precision):
 )  # fmt: skip
 def test_plans(dtype, shape, axis, traversal, vector, threads, rows, held, has_rest, n_chunks):
     plan = choose(*ptx.laid_out(shape, axis, ITEMSIZES[dtype]), ptx.H200)
-    assert (plan.traversal, plan.vector, plan.threads_per_row, plan.rows_per_block) == (traversal, vector, threads, rows)
+    assert (plan.traversal, plan.vector, plan.threads_per_row, plan.rows_per_block) == (
+        traversal,
+        vector,
+        threads,
+        rows,
+    )
     assert (plan.held, plan.has_rest, plan.n_chunks) == (held, has_rest, n_chunks)
     assert 32 <= plan.block[0] * plan.block[1] <= 512
 

@@ -85,7 +85,9 @@ def _compute(library: Library, kernel: Kernel, x: Any, axis: Any, out: Any, keep
         if result.size:
             target[...] = -np.inf
         return target
-    gradient = None if g is None else _gradient(library, view, x, g, view.shape if kernel != "logsumexp_vjp" else reduced)
+    gradient = (
+        None if g is None else _gradient(library, view, x, g, view.shape if kernel != "logsumexp_vjp" else reduced)
+    )
     device = library.device(x)
     plan, prepared = _prepare(kernel, _unplaced(view), _unplaced(result), _unplaced(gradient), axes, keepdims, device)
     addresses = {"x": view.address, "y": result.address, "g": view.address if gradient is None else gradient.address}

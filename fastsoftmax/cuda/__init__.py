@@ -10,9 +10,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from numba import cuda
-
 from fastsoftmax.cuda import _kernels, _state
+from fastsoftmax.cuda._instructions import device
 
 __all__ = ["DeviceFunctions", "device_functions"]
 
@@ -29,7 +28,7 @@ class DeviceFunctions(NamedTuple):
     warp_reduce : device function
         ``warp_reduce(maximum, sum)``: the state of all 32 lanes of a warp, in each of them. Every lane must call it.
     block_reduce : device function
-        ``block_reduce(maximum, sum)``: the same for a block of whole warps, in one dimension. Every thread must call it.
+        ``block_reduce(maximum, sum)``: the same for a block of whole warps in one dimension. Every thread must call it.
     probability : device function
         ``probability(x, maximum, sum)``: exp(x) / (the sum of the exponentials of all elements).
     logsumexp : device function
@@ -75,7 +74,7 @@ def device_functions(dtype: Literal["float32", "float64"] = "float32") -> Device
 def _reduce(format: _kernels.Format, lanes: int) -> Any:
     merge_all = _kernels.merging(format, lanes)
 
-    @cuda.jit(device=True)
+    @device
     def reduce(maximum: Any, sum: Any) -> Any:
         return merge_all(maximum, sum)
 

@@ -1,9 +1,9 @@
 """Arrays of other libraries on a GPU: what they hold, and new ones of the same kind.
 
-Torch and CuPy are asked directly. Arrays of anyone else who implements the array API, JAX for one, are borrowed by Torch
-or CuPy through DLPack, and results are handed back in the same way. What has nothing but ``__cuda_array_interface__`` is
-taken for Numba's. Nothing here waits for the device: work is queued on the stream that the caller's library is using,
-and DLPack puts streams in order.
+Torch and CuPy are asked directly. Arrays of anyone else who implements the array API, JAX for one, are borrowed by
+Torch or CuPy through DLPack, and results are handed back in the same way. What has nothing but
+``__cuda_array_interface__`` is taken for Numba's. Nothing here waits for the device: work is queued on the stream that
+the caller's library is using, and DLPack puts streams in order.
 """
 
 from __future__ import annotations

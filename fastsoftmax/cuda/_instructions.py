@@ -16,6 +16,9 @@ from llvmlite import ir
 from numba import cuda, types
 from numba.cuda.extending import intrinsic
 
+# Compiles a function for kernels to call.
+device: Callable[[Any], Any] = cuda.jit(device=True)
+
 _FULL_WARP = 0xFFFFFFFF
 _i16, _i32, _float = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
@@ -45,18 +48,18 @@ pack_float16 = _instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", types.uint
 pack_bfloat16 = _instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", types.uint32, types.float32, types.float32)
 
 
-@cuda.jit(device=True)
+@device
 def larger64(a: Any, b: Any) -> Any:
     """The larger of two numbers; NaN if either is: there is no such instruction for float64."""
     return a if a >= b or a != a else b
 
 
-@cuda.jit(device=True)
+@device
 def log1p(x: Any) -> Any:
     return math.log1p(x)
 
 
-@cuda.jit(device=True)
+@device
 def exchange(value: Any, mask: Any) -> Any:
     """Return the value of the lane whose number differs in the bits of the mask. All lanes of the warp take part."""
     return cuda.shfl_xor_sync(_FULL_WARP, value, mask)

@@ -31,11 +31,12 @@ import numpy as np
 from numba import cuda, types
 
 from fastsoftmax.cuda import _instructions, _state
+from fastsoftmax.cuda._instructions import device
 from fastsoftmax.cuda._plan import IN_FLIGHT
 from fastsoftmax.cuda._state import Precision
 
-# The functions, and their vector-Jacobian products: of softmax from p and g, of log_softmax from log p and g, of logsumexp
-# from a and one g per row.
+# The functions, and their vector-Jacobian products: of softmax from p and g, of log_softmax from log p and g, of
+# logsumexp from a and one g per row.
 Kernel = Literal["softmax", "log_softmax", "logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"]
 
 
@@ -102,35 +103,35 @@ def elements(format: Format) -> SimpleNamespace:
     """Return device functions from bits to numbers and back."""
     if format.itemsize == 8:
 
-        @cuda.jit(device=True)
+        @device
         def value(word: Any, place: Any) -> Any:
             return word.view(np.float64)
 
-        @cuda.jit(device=True)
+        @device
         def pack(first: Any, second: Any) -> Any:
             return first.view(np.uint64)
 
     elif format.itemsize == 4:
 
-        @cuda.jit(device=True)
+        @device
         def value(word: Any, place: Any) -> Any:
             return word.view(np.float32)
 
-        @cuda.jit(device=True)
+        @device
         def pack(first: Any, second: Any) -> Any:
             return first.view(np.uint32)
 
     elif format.name == "bfloat16":
         pack = _instructions.pack_bfloat16
 
-        @cuda.jit(device=True)
+        @device
         def value(word: Any, place: Any) -> Any:
             return np.uint32(word << np.uint32(16) if place == 0 else word & np.uint32(0xFFFF0000)).view(np.float32)
 
     else:
         pack = _instructions.pack_float16
 
-        @cuda.jit(device=True)
+        @device
         def value(word: Any, place: Any) -> Any:
             return _instructions.float16_value(np.uint16(word if place == 0 else word >> np.uint32(16)))
 
@@ -155,11 +156,11 @@ def access(format: Format, vectorized: bool) -> Access:
 def repeated(body: Any, count: int) -> Any:
     """Return a device function that hands a carry on through ``body(number, carry, ...)`` for every number below count.
 
-    It is a loop written out. Where a compiler leaves a loop a loop, words whose place is not known beforehand are kept in
-    memory instead of registers: NVVM does so for sm_100, while it unrolls the same loops for sm_90.
+    It is a loop written out. Where a compiler leaves a loop a loop, words whose place is not known beforehand are kept
+    in memory instead of registers: NVVM does so for sm_100, while it unrolls the same loops for sm_90.
     """
 
-    @cuda.jit(device=True)
+    @device
     def chain(carry: Any, *arguments: Any) -> Any:
         return carry
 
@@ -171,7 +172,7 @@ def repeated(body: Any, count: int) -> Any:
 
 
 def _followed_by_one(chain: Any, body: Any, number: int) -> Any:
-    @cuda.jit(device=True)
+    @device
     def longer(carry: Any, *arguments: Any) -> Any:
         return body(number, chain(carry, *arguments), *arguments)
 
@@ -180,12 +181,28 @@ def _followed_by_one(chain: Any, body: Any, number: int) -> Any:
 
 def _followed_by_four(chain: Any, body: Any, number: int) -> Any:
     # Each device function takes Numba some 10 ms; four in one spare as many.
-    @cuda.jit(device=True)
+    @device
     def longer(carry: Any, *arguments: Any) -> Any:
         carry = body(number + 1, body(number, chain(carry, *arguments), *arguments), *arguments)
         return body(number + 3, body(number + 2, carry, *arguments), *arguments)
 
     return longer
+
+
+def _single_elements(format: Format, padding: Any) -> SimpleNamespace:
+    """Return `vectors` of one element."""
+    word, element = format.word, format.element
+
+    @device
+    def load(x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+        words[position] = word(x[address]) if index < n else padding
+
+    @device
+    def store(y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
+        if index < n:
+            y[address] = element(words[position])
+
+    return SimpleNamespace(load=load, store=store)
 
 
 @cache
@@ -201,24 +218,14 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
     full_padding = word(padding | padding << bits if per_word == 2 else padding)
 
     if not vectorized:
+        return _single_elements(format, full_padding)
 
-        @cuda.jit(device=True)
-        def load(x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
-            words[position] = word(x[address]) if index < n else full_padding
-
-        @cuda.jit(device=True)
-        def store(y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
-            if index < n:
-                y[address] = element(words[position])
-
-        return SimpleNamespace(load=load, store=store)
-
-    @cuda.jit(device=True)
+    @device
     def pad_one(w: Any, carry: Any, words: Any, position: Any) -> Any:
         words[position + w] = full_padding
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def load_one(e: Any, carry: Any, x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
         if index + e >= 0 and index + e < n:
             if per_word == 1:
@@ -229,16 +236,20 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
                 words[w] = other | word(word(x[address + e]) << shift)
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def store_one(e: Any, carry: Any, y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
         if index + e >= 0 and index + e < n:
             shift = word(bits * (e % per_word))
             y[address + e] = element(words[position + e // per_word] >> shift)
         return carry
 
-    pad, load_elements, store_elements = repeated(pad_one, n_words), repeated(load_one, vector), repeated(store_one, vector)
+    pad, load_elements, store_elements = (
+        repeated(pad_one, n_words),
+        repeated(load_one, vector),
+        repeated(store_one, vector),
+    )
 
-    @cuda.jit(device=True)
+    @device
     def load(x: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
         if index >= 0 and index + vector <= n:
             _instructions.load_vector(x, address, words, position)
@@ -246,7 +257,7 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
             pad(0, words, position)
             load_elements(0, x, address, index, n, words, position)
 
-    @cuda.jit(device=True)
+    @device
     def store(y: Any, address: Any, index: Any, n: Any, words: Any, position: Any) -> Any:
         if index >= 0 and index + vector <= n:
             _instructions.store_vector(y, address, words, position)
@@ -256,7 +267,7 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
     return SimpleNamespace(load=load, store=store)
 
 
-@cuda.jit(device=True)
+@device
 def places(index: Any, dimensions: Any) -> Any:
     """Return how far the element of an index in some dimensions is from the first, in x, in y and in g."""
     x, y, g = np.int64(0), np.int64(0), np.int64(0)
@@ -276,13 +287,13 @@ def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
     real = np.float64 if precision == "double" else np.float32
     n_steps = (lanes or 32).bit_length() - 1
 
-    @cuda.jit(device=True)
+    @device
     def warp_largest(value: Any) -> Any:
         for step in range(n_steps):
             value = larger(value, _instructions.exchange(value, 1 << step))
         return value
 
-    @cuda.jit(device=True)
+    @device
     def warp_sum(value: Any) -> Any:
         for step in range(n_steps):
             value += _instructions.exchange(value, 1 << step)
@@ -291,7 +302,7 @@ def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
     if lanes:
         return SimpleNamespace(largest=warp_largest, sum=warp_sum)
 
-    @cuda.jit(device=True)
+    @device
     def block_largest(value: Any) -> Any:
         of_warps = cuda.shared.array(32, real)
         value = warp_largest(value)
@@ -304,7 +315,7 @@ def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
         cuda.syncthreads()  # the array may be written to again now
         return value
 
-    @cuda.jit(device=True)
+    @device
     def block_sum(value: Any) -> Any:
         of_warps = cuda.shared.array(32, real)
         value = warp_sum(value)
@@ -333,24 +344,24 @@ def folding(format: Format, vectorized: bool) -> SimpleNamespace:
     reference, power, rebase, term, larger = state.reference, state.power, state.rebase, state.term, state.larger
     zero, one = format.real(0), format.real(1)
 
-    @cuda.jit(device=True)
+    @device
     def largest_of_word(w: Any, maximum: Any, words: Any, position: Any) -> Any:
         for_first = larger(maximum, value(words[position + w], 0))
         return larger(for_first, value(words[position + w], 1)) if per_word == 2 else for_first
 
-    @cuda.jit(device=True)
+    @device
     def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
         """Return sum and ties beside a maximum that is as large or larger."""
         if maximum == new_maximum:
             return sum, ties
         return (sum + ties * term(maximum, maximum)) * rebase(maximum, new_maximum), zero
 
-    @cuda.jit(device=True)
+    @device
     def add_element(sum: Any, ties: Any, x: Any, maximum: Any, offset: Any, shift: Any) -> Any:
         of_x = power(x - offset, shift)
         return sum + (zero if x == maximum else of_x), ties + (one if x == maximum else zero)
 
-    @cuda.jit(device=True)
+    @device
     def add_word(w: Any, carry: Any, words: Any, position: Any, maximum: Any, offset: Any, shift: Any) -> Any:
         word = words[position + w]
         sum, ties = add_element(carry[0], carry[1], value(word, 0), maximum, offset, shift)
@@ -360,7 +371,7 @@ def folding(format: Format, vectorized: bool) -> SimpleNamespace:
 
     largest, add_words = repeated(largest_of_word, n_words), repeated(add_word, n_words)
 
-    @cuda.jit(device=True)
+    @device
     def add(sum: Any, ties: Any, words: Any, position: Any, maximum: Any) -> Any:
         offset, shift = reference(maximum)
         of_vector, ties = add_words((zero, ties), words, position, maximum, offset, shift)
@@ -376,7 +387,7 @@ def merging(format: Format, lanes: int) -> Any:
     meet_largest, meet_sum, rebase, term = meet.largest, meet.sum, state.rebase, state.term
     zero, one = format.real(0), format.real(1)
 
-    @cuda.jit(device=True)
+    @device
     def merge_all(maximum: Any, sum: Any) -> Any:
         largest = meet_largest(maximum)
         sum = sum * rebase(maximum, largest) + (zero if maximum == largest else term(maximum, largest))
@@ -391,8 +402,8 @@ def merging(format: Format, lanes: int) -> Any:
 def results(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
     """Return device functions from a row's state to its result.
 
-    ``of_row`` gives the number that all elements of the row share, in two parts; ``of_words`` turns the words of a vector
-    into those of its result, with that number and the g of the row.
+    ``of_row`` gives the number that all elements of the row share, in two parts; ``of_words`` turns the words of a
+    vector into those of its result, with that number and the g of the row.
     """
     _, n_words, per_word = access(format, vectorized)
     value, pack = elements(format).value, elements(format).pack
@@ -404,7 +415,7 @@ def results(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
 
     if kernel in ("log_softmax", "logsumexp"):
 
-        @cuda.jit(device=True)
+        @device
         def of_row(maximum: Any, sum: Any) -> Any:
             return log_total(maximum, sum), zero
 
@@ -413,32 +424,41 @@ def results(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
 
     if format.precision == "half":  # the second part is below what a result shows
 
-        @cuda.jit(device=True)
+        @device
         def scaled(term: Any, inverse: Any, inverse_low: Any) -> Any:
             return term * inverse
 
     if kernel == "log_softmax":
 
-        @cuda.jit(device=True)
+        @device
         def one(x: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any) -> Any:
             return (x - maximum) - shared
 
     elif kernel == "logsumexp_vjp":
 
-        @cuda.jit(device=True)
+        @device
         def one(x: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any) -> Any:
             p = scaled(power(x - offset, shift), shared, low)
             return zero if p == zero else p * g
 
     else:
 
-        @cuda.jit(device=True)
+        @device
         def one(x: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any) -> Any:
             return scaled(power(x - offset, shift), shared, low)
 
-    @cuda.jit(device=True)
+    @device
     def of_word(
-        w: Any, carry: Any, words: Any, position: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any, g: Any
+        w: Any,
+        carry: Any,
+        words: Any,
+        position: Any,
+        maximum: Any,
+        offset: Any,
+        shift: Any,
+        shared: Any,
+        low: Any,
+        g: Any,
     ) -> Any:
         word = words[position + w]
         second = one(value(word, 1), maximum, offset, shift, shared, low, g) if per_word == 2 else zero
@@ -447,16 +467,16 @@ def results(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
 
     of_each_word = repeated(of_word, n_words)
 
-    @cuda.jit(device=True)
+    @device
     def of_words(words: Any, position: Any, maximum: Any, shared: Any, low: Any, g: Any) -> Any:
         offset, shift = reference(maximum)
         of_each_word(0, words, position, maximum, offset, shift, shared, low, g)
 
-    @cuda.jit(device=True)
+    @device
     def write_logsumexp(y: Any, address: Any, maximum: Any, log_total: Any) -> Any:
         y[address] = element(pack(maximum + log_total, zero))
 
-    @cuda.jit(device=True)
+    @device
     def read_g(g: Any, address: Any) -> Any:
         return value(word(g[address]), 0)
 
@@ -474,21 +494,23 @@ def tiles(kernel: Kernel, format: Format, vectorized: bool, count: int) -> Simpl
     load, store, vector_largest, vector_add = memory.load, memory.store, fold.largest, fold.add
     of_words = results(kernel, format, vectorized).of_words
 
-    @cuda.jit(device=True)
-    def read_one(h: Any, carry: Any, x: Any, start: Any, first: Any, step: Any, n: Any, reduced: Any, words: Any) -> Any:
+    @device
+    def read_one(
+        h: Any, carry: Any, x: Any, start: Any, first: Any, step: Any, n: Any, reduced: Any, words: Any
+    ) -> Any:
         i = first + h * step
         load(x, start + (i if vectorized else places(i, reduced)[0]), i, n, words, h * n_words)
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def largest_of_one(h: Any, maximum: Any, words: Any) -> Any:
         return vector_largest(maximum, words, h * n_words)
 
-    @cuda.jit(device=True)
+    @device
     def add_one(h: Any, carry: Any, words: Any, maximum: Any) -> Any:
         return vector_add(carry[0], carry[1], words, h * n_words, maximum)
 
-    @cuda.jit(device=True)
+    @device
     def write_one(
         h: Any, carry: Any, y: Any, start: Any, first: Any, step: Any, n: Any, reduced: Any, words: Any,
         maximum: Any, shared: Any, low: Any, g: Any,
@@ -517,7 +539,7 @@ def ranges(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
     read, largest, add, write = tile.read, tile.largest, tile.add, tile.write
     word, lowest, zero, n_tile = format.word, format.real(-np.inf), format.real(0), IN_FLIGHT * n_words
 
-    @cuda.jit(device=True)
+    @device
     def fold_range(x: Any, x_row: Any, begin: Any, end: Any, n: Any, step: Any, reduced: Any) -> Any:
         maximum, sum, ties = lowest, zero, zero
         words = cuda.local.array(n_tile, word)
@@ -528,7 +550,7 @@ def ranges(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
             maximum = new_maximum
         return maximum, sum, ties
 
-    @cuda.jit(device=True)
+    @device
     def write_range(
         x: Any, x_row: Any, y: Any, y_row: Any, begin: Any, end: Any, n: Any, step: Any, reduced: Any,
         maximum: Any, shared: Any, low: Any, g: Any,
@@ -548,7 +570,11 @@ def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, hel
     Each lane holds so many vectors in registers. The rest of the row, if any, is read twice.
     """
     vector, n_words, _ = access(format, vectorized)
-    tile, meet, part = tiles(kernel, format, vectorized, held), meeting(format.precision, lanes), ranges(kernel, format, vectorized)
+    tile, meet, part = (
+        tiles(kernel, format, vectorized, held),
+        meeting(format.precision, lanes),
+        ranges(kernel, format, vectorized),
+    )
     read, largest, add, write = tile.read, tile.largest, tile.add, tile.write
     meet_largest, meet_sum, fold_range, write_range = meet.largest, meet.sum, part.fold_range, part.write_range
     result, state = results(kernel, format, vectorized), _state.on_device(format.precision)
@@ -606,20 +632,20 @@ def product_row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: 
     exponential = _state.on_device(format.precision).exponential
     word, zero, n_held, is_softmax = format.word, format.real(0), held * n_words, kernel == "softmax_vjp"
 
-    @cuda.jit(device=True)
+    @device
     def summand(x: Any, g: Any) -> Any:
         if is_softmax:
             return zero if x == zero else x * g
         return g
 
-    @cuda.jit(device=True)
+    @device
     def result(x: Any, g: Any, sum: Any) -> Any:
         if is_softmax:
             return zero if x == zero else x * (g - sum)
         p = exponential(x)
         return g if p == zero else g - p * sum
 
-    @cuda.jit(device=True)
+    @device
     def add_word(w: Any, sum: Any, x_words: Any, g_words: Any, position: Any) -> Any:
         x_word, g_word = x_words[position + w], g_words[position + w]
         sum += summand(value(x_word, 0), value(g_word, 0))
@@ -627,7 +653,7 @@ def product_row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: 
             sum += summand(value(x_word, 1), value(g_word, 1))
         return sum
 
-    @cuda.jit(device=True)
+    @device
     def of_word(w: Any, carry: Any, x_words: Any, g_words: Any, position: Any, sum: Any) -> Any:
         x_word, g_word = x_words[position + w], g_words[position + w]
         second = result(value(x_word, 1), value(g_word, 1), sum) if per_word == 2 else zero
@@ -636,7 +662,7 @@ def product_row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: 
 
     add_words, of_words = repeated(add_word, n_words), repeated(of_word, n_words)
 
-    @cuda.jit(device=True)
+    @device
     def read_one(
         h: Any, carry: Any, x: Any, x_row: Any, g: Any, g_row: Any, first: Any, step: Any, n: Any, reduced: Any,
         x_words: Any, g_words: Any,
@@ -646,11 +672,11 @@ def product_row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: 
         load(g, g_row + (i if vectorized else places(i, reduced)[2]), i, n, g_words, h * n_words)
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def add_one(h: Any, sum: Any, x_words: Any, g_words: Any) -> Any:
         return sum + add_words(zero, x_words, g_words, h * n_words)
 
-    @cuda.jit(device=True)
+    @device
     def write_one(
         h: Any, carry: Any, y: Any, y_row: Any, first: Any, step: Any, n: Any, reduced: Any,
         x_words: Any, g_words: Any, sum: Any,
@@ -720,7 +746,11 @@ def chunk_state_kernel(format: Format, vectorized: bool) -> Any:
 def chunk_result_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any:
     """Make a kernel that merges the states of a row's chunks and writes one chunk of the result."""
     vector, _, _ = access(format, vectorized)
-    result, merge, merge_all = results(kernel, format, vectorized), _state.on_device(format.precision).merge, merging(format, 0)
+    result, merge, merge_all = (
+        results(kernel, format, vectorized),
+        _state.on_device(format.precision).merge,
+        merging(format, 0),
+    )
     of_row, write_logsumexp, read_g = result.of_row, result.write_logsumexp, result.read_g
     write_range = ranges(kernel, format, vectorized).write_range
     lowest, zero = format.real(-np.inf), format.real(0)
@@ -766,24 +796,26 @@ def columns(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
     fold, state, zero = folding(format, vectorized), _state.on_device(format.precision), format.real(0)
     advance, add_element, larger, reference = fold.advance, fold.add_element, state.larger, state.reference
 
-    @cuda.jit(device=True)
-    def read_one(h: Any, carry: Any, x: Any, start: Any, step: Any, j: Any, n: Any, column: Any, n_inner: Any, words: Any) -> Any:
+    @device
+    def read_one(
+        h: Any, carry: Any, x: Any, start: Any, step: Any, j: Any, n: Any, column: Any, n_inner: Any, words: Any
+    ) -> Any:
         i = j + h * cuda.blockDim.y
         load(x, start + i * step + column, column, n_inner if i < n else np.int64(0), words, h * n_words)
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def larger_one(h: Any, maximum: Any, words: Any, v: Any) -> Any:
         return larger(maximum, value(words[h * n_words + v // per_word], v % per_word))
 
-    @cuda.jit(device=True)
+    @device
     def add_one(h: Any, carry: Any, words: Any, v: Any, maximum: Any, offset: Any, shift: Any) -> Any:
         x = value(words[h * n_words + v // per_word], v % per_word)
         return add_element(carry[0], carry[1], x, maximum, offset, shift)
 
     largest, add = repeated(larger_one, IN_FLIGHT), repeated(add_one, IN_FLIGHT)
 
-    @cuda.jit(device=True)
+    @device
     def fold_one(v: Any, carry: Any, words: Any, maxima: Any, sums: Any, ties: Any) -> Any:
         maximum = largest(maxima[v], words, v)
         offset, shift = reference(maximum)
@@ -791,12 +823,12 @@ def columns(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
         maxima[v] = maximum
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def result_of(word: Any, place: Any, v: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
         offset, shift = reference(maxima[v])
         return one_result(value(word, place), maxima[v], offset, shift, shared[v], lows[v], gs[v])
 
-    @cuda.jit(device=True)
+    @device
     def result_word(w: Any, carry: Any, position: Any, words: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
         word, v = words[position + w], w * per_word
         second = result_of(word, 1, v + 1, maxima, shared, lows, gs) if per_word == 2 else zero
@@ -805,7 +837,7 @@ def columns(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
 
     result_words = repeated(result_word, n_words)
 
-    @cuda.jit(device=True)
+    @device
     def write_one(
         h: Any, carry: Any, y: Any, start: Any, step: Any, j: Any, n: Any, column: Any, n_inner: Any, words: Any,
         maxima: Any, shared: Any, lows: Any, gs: Any,
@@ -828,24 +860,34 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
     element is read twice; strips are narrow enough that those under way stay in the L2 cache.
     """
     vector, n_words, _ = access(format, vectorized)
-    strip, result, state = columns(kernel, format, vectorized), results(kernel, format, vectorized), _state.on_device(format.precision)
+    strip, result, state = (
+        columns(kernel, format, vectorized),
+        results(kernel, format, vectorized),
+        _state.on_device(format.precision),
+    )
     read, fold, write, advance = strip.read, strip.fold, strip.write, folding(format, vectorized).advance
-    of_row, write_logsumexp, read_g, larger, term = result.of_row, result.write_logsumexp, result.read_g, state.larger, state.term
+    of_row, write_logsumexp, read_g, larger, term = (
+        result.of_row,
+        result.write_logsumexp,
+        result.read_g,
+        state.larger,
+        state.term,
+    )
     word, real, lowest, zero, one = format.word, format.real, format.real(-np.inf), format.real(0), format.real(1)
     is_reduction, has_g = kernel == "logsumexp", kernel == "logsumexp_vjp"
     n_tile, n_meeting = IN_FLIGHT * n_words, threads * vector
 
-    @cuda.jit(device=True)
+    @device
     def advance_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any, base: Any, meeting_a: Any) -> Any:
         maximum = meeting_a[base + v]
         sums[v], ties[v] = advance(maxima[v], sums[v], ties[v], maximum)
         maxima[v] = maximum
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def finish_one(
-        v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any, base: Any,
-        meeting_a: Any, meeting_b: Any, maxima: Any, shared: Any, lows: Any, gs: Any,
+        v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any,
+        base: Any, meeting_a: Any, meeting_b: Any, maxima: Any, shared: Any, lows: Any, gs: Any,
     ) -> Any:  # fmt: skip
         top = term(maxima[v], maxima[v])
         shared[v], lows[v] = of_row(maxima[v], meeting_a[base + v] + (meeting_b[base + v] - one) * top)
@@ -855,12 +897,12 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
         gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def begin_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any) -> Any:
         maxima[v], sums[v], ties[v] = lowest, zero, zero
         return carry
 
-    @cuda.jit(device=True)
+    @device
     def show_one(v: Any, carry: Any, values: Any, mine: Any, meeting: Any) -> Any:
         meeting[mine + v] = values[v]
         return carry
@@ -869,7 +911,16 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
     advance_all, finish = repeated(advance_one, vector), repeated(finish_one, vector)
 
     def strips(
-        x: Any, y: Any, g: Any, n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any
+        x: Any,
+        y: Any,
+        g: Any,
+        n_inner: Any,
+        n_cols: Any,
+        phase: Any,
+        n_strips: Any,
+        kept: Any,
+        inner: Any,
+        reduced: Any,
     ) -> None:
         block, layer = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.y)
         x_start, y_start, g_start = places(block // n_strips, kept)

@@ -1,4 +1,4 @@
-"""Which kernel serves a call on the GPU, and in what shape: a plain value, chosen from sizes before anything is launched.
+"""Which kernel serves a call on the GPU, and in what shape: a plain value, chosen from sizes before a launch.
 
 The floor is one reading and one writing of device memory. A row that its lanes hold in registers is at it; so is one
 whose rest is read again from the L2 cache. Of longer rows the second reading is from memory, unless they end there.
@@ -17,8 +17,8 @@ Traversal = Literal["rows", "split", "strips"]
 VECTOR_BYTES = 16
 
 # Vectors that a lane holds before more lanes are taken: 64 bytes on their way per lane keep the memory busy. Rows that
-# need more than 512 lanes have lanes hold more, up to what fits in 128 registers, all that 512 lanes have; where there is
-# a rest to be read, and in float64, that is less.
+# need more than 512 lanes have lanes hold more, up to what fits in 128 registers, all that 512 lanes have; where there
+# is a rest to be read, and in float64, that is less.
 HELD, MOST_HELD, MOST_THREADS = 4, 8, 512
 MOST_HELD_OF_MORE = 6
 
@@ -167,7 +167,8 @@ def _strips(layout: Layout, vector: int, device: Device) -> LaunchPlan:
     lanes = min(_power_of_two(-(-layout.kept[-1].size // vector) + (vector > 1)), 32)
     n_blocks = device.n_multiprocessors * device.threads_per_multiprocessor // STRIP_THREADS
     while lanes * lane_bytes > SECTOR_BYTES and (
-        lanes * lane_bytes * layout.n_cols * n_blocks > CACHE_SHARE * device.l2_bytes and layers > STRIP_THREADS // lanes
+        lanes * lane_bytes * layout.n_cols * n_blocks > CACHE_SHARE * device.l2_bytes
+        and layers > STRIP_THREADS // lanes
     ):
         lanes //= 2
     return LaunchPlan("strips", vector, min(layers, STRIP_THREADS // lanes), lanes * vector)

@@ -16,8 +16,8 @@ right to the last bit: ``x * log2(e)`` rounded as a whole would be off by 2**-18
 Terms are biased by 2**BIAS so that a subnormal result is rounded once, when the bias goes. An element too small to
 matter, -inf included, is raised to where its term is 2**(1 - 2 * BIAS) or so of the maximum's and vanishes in any sum.
 
-NaN and infinities need no care inside loops: `larger` hands a NaN on to the maximum, and `inverse_total` and `log_total`
-look at it, whatever the terms beside it were. ``(-inf, 0)`` is the state of no element.
+NaN and infinities need no care inside loops: `larger` hands a NaN on to the maximum, and `inverse_total` and
+`log_total` look at it, whatever the terms beside it were. ``(-inf, 0)`` is the state of no element.
 
 These are plain functions on NumPy scalars, and `plain` binds those of one precision. `on_device` compiles the same for
 the GPU, with instructions of its own in place of `ex2`, `larger` and `log1p`.
@@ -32,7 +32,6 @@ from types import FunctionType, SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
-from numba import cuda
 
 from fastsoftmax import _state as cpu
 from fastsoftmax.cuda import _instructions
@@ -113,6 +112,11 @@ def power_double(t: Any, shift: Any) -> Any:
     return p * np.int64(exponent.view(np.int64) << np.int64(52)).view(np.float64)
 
 
+# What the functions below see as theirs: here single precision's, in `_bind` each one's own.
+reference, power, split, polynomial, FLOAT64 = reference_single, power_single, cpu.split, cpu.polynomial64, cpu.FLOAT64
+ZERO, ONE, UNBIAS, NAN, INFINITY = ZERO32, _F32(1.0), UNBIAS32, _F32(math.nan), _F32(math.inf)
+
+
 def term(x: Any, maximum: Any) -> Any:
     """exp(x), relative to the reference of a maximum."""
     offset, shift = reference(maximum)
@@ -184,8 +188,8 @@ def _bind(precision: Precision, decorate: Callable[[Any], Any], **instructions: 
     """Return copies of the functions that see the constants of one precision, and each other as decorated."""
     real = np.float64 if precision == "double" else np.float32
     namespace = dict(globals()) | instructions
-    namespace |= {"FLOAT64": cpu.FLOAT64, "UNBIAS": UNBIAS64 if precision == "double" else UNBIAS32}
     namespace |= {"ZERO": real(0), "ONE": real(1), "NAN": real(math.nan), "INFINITY": real(math.inf)}
+    namespace |= {"UNBIAS": UNBIAS64 if precision == "double" else UNBIAS32}
     own = {"reference": _REFERENCES[precision], "power": _POWERS[precision]}
     if precision == "double":
         own = {"polynomial": cpu.polynomial64, "split": cpu.split} | own
@@ -207,4 +211,4 @@ def plain(precision: Precision) -> SimpleNamespace:
 def on_device(precision: Precision) -> SimpleNamespace:
     """Return the functions of one precision, to be called from kernels."""
     larger = _instructions.larger64 if precision == "double" else _instructions.larger32
-    return _bind(precision, cuda.jit(device=True), ex2=_instructions.ex2, larger=larger, log1p=_instructions.log1p)
+    return _bind(precision, _instructions.device, ex2=_instructions.ex2, larger=larger, log1p=_instructions.log1p)

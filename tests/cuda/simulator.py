@@ -50,7 +50,7 @@ class Pointer:
 
     def place(self, index, length=1):
         place = self.origin + int(index)
-        assert 0 <= place and place + length <= self.elements.size, f"{index} is outside of the allocation"
+        assert place >= 0 and place + length <= self.elements.size, f"{index} is outside of the allocation"
         return place
 
     def __getitem__(self, index):

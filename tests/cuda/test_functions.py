@@ -3,10 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.reference import exact, max_ulp_error, summand_scale
 
 import fastsoftmax
 from fastsoftmax import record_plans
+from tests.reference import exact, max_ulp_error, summand_scale
 
 DTYPES = {name: np.dtype(getattr(np, name, None) or getattr(ml_dtypes, name)) for name in
           ("float16", "bfloat16", "float32", "float64")}  # fmt: skip
