@@ -47,9 +47,7 @@ class Cupy:
     def to_device(self, array, offset):
         memory = self.cupy.empty(array.size + offset, array.dtype)[offset:]
         view = self.cupy.ndarray(array.shape, array.dtype, memory.data, np.empty_like(array).strides)
-        view.set(np.ascontiguousarray(array)) if array.flags.c_contiguous else view.__setitem__(
-            ..., self.cupy.asarray(array)
-        )
+        view[...] = self.cupy.asarray(array)
         return view
 
     def to_host(self, array):
@@ -60,6 +58,8 @@ class Numba:
     def to_device(self, array, offset):
         from numba import cuda
 
+        if array.dtype.name == "bfloat16":
+            pytest.skip("Numba has no arrays of bfloat16")
         room = np.zeros(array.size + offset, array.dtype)
         memory = cuda.to_device(room)[offset:]
         memory.copy_to_device(np.ascontiguousarray(array).ravel())
@@ -110,10 +110,17 @@ def card():
 
 
 def pytest_collection_modifyitems(items):
-    # Threads of the simulator compute with NumPy, which tells of every overflow.
+    # Threads of the simulator compute with NumPy, which tells of every overflow; on a card, Numba tells of small grids and
+    # of arrays that it copies, and libraries of that machine's tell of what they will.
+    ignored = (
+        ["ignore::RuntimeWarning"]
+        if SIMULATED
+        else ["ignore:Grid size", "ignore:Host array", "ignore::DeprecationWarning"]
+    )
     for item in items:
-        if SIMULATED and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+        if Path(__file__).parent in item.path.parents:
+            for filter in ignored:
+                item.add_marker(pytest.mark.filterwarnings(filter))
 
 
 @pytest.fixture
