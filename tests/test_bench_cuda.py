@@ -52,14 +52,3 @@ def test_the_figure(tmp_path):
     _figure.draw_row_lengths(measurements, "a card", tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text()
     assert text.count("<path") > 20
-
-
-def test_dtypes_of_cards_are_not_for_the_processor():
-    done = subprocess.run(
-        [sys.executable, "-m", "fastsoftmax", "bench", "--dtypes", "float16"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "on the processor float32 and float64 are compared" in done.stderr
