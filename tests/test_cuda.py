@@ -1,19 +1,23 @@
 """The CUDA backend, as far as it can be tried without a device: state, plans, machine code, and the simulator."""
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import fastsoftmax
 from tests.reference import exact, max_ulp_error
 
 pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
 
-from fastsoftmax.cuda import _kernels, _state
+from fastsoftmax.cuda import _kernels, _launch, _state
 from fastsoftmax.cuda._plan import choose
 from tests import ptx
 
@@ -164,16 +168,29 @@ def test_chunks_cover_a_row_and_end_where_loops_do(n_cols):
 # Machine code
 
 
-@pytest.fixture(params=[80, 90, 100], ids="sm_{}".format, scope="module")
-def machine_code(request):
-    """What became of each kernel on one architecture; `tests.ptx` prints it, too."""
+ARCHITECTURES = (80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    """Processes that compile every kernel, one for each architecture, all at once: each takes 45 s of a processor."""
     if ptx.find_ptxas() is None:
         pytest.skip("there is no ptxas: pip install nvidia-cuda-nvcc")
-    command = [sys.executable, "-m", "tests.ptx", str(request.param)]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    root, pipes = Path(__file__).parent.parent, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    commands = {number: [sys.executable, "-m", "tests.ptx", str(number)] for number in ARCHITECTURES}
+    with ExitStack() as stack:
+        yield {
+            number: stack.enter_context(subprocess.Popen(command, cwd=root, **pipes))
+            for number, command in commands.items()
+        }
+
+
+@pytest.fixture(params=ARCHITECTURES, ids="sm_{}".format, scope="module")
+def machine_code(request, compilers):
+    """What became of each kernel on one architecture."""
+    printed, errors = compilers[request.param].communicate(timeout=600)
+    assert compilers[request.param].returncode == 0, errors
+    return json.loads(printed)
 
 
 def test_no_kernel_spills(machine_code):
@@ -208,3 +225,71 @@ def test_in_the_simulator(file):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     print(done.stdout[-10_000:], done.stderr[-2_000:])
     assert done.returncode == 0
+
+
+# Launching
+
+
+def test_arguments_reach_the_driver(monkeypatch):
+    """A stand-in for the driver reads what a launch passes to it from memory, as the driver does."""
+    launched = []
+
+    class Driver:
+        CUfunction = staticmethod(lambda handle: f"function {handle}")
+        cuCtxGetDevice = staticmethod(lambda: (0, 0))
+        cuMemAllocAsync = staticmethod(lambda size, stream: launched.append(("allocate", size, stream)) or (0, 4096))
+        cuMemFreeAsync = staticmethod(lambda address, stream: launched.append(("free", address, stream)) or (0,))
+
+        @staticmethod
+        def cuLaunchKernel(function, *sizes_stream_and_pointers):
+            *sizes, stream, parameters, _ = sizes_stream_and_pointers
+            count = len(arguments[len([one for one in launched if one[0] == "launch"])])
+            pointers = ctypes.cast(parameters, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))
+            launched.append(("launch", function, tuple(sizes), stream, [pointers[i][0] for i in range(count)]))
+            return (0,)
+
+    monkeypatch.setattr(_launch, "driver", Driver)
+    monkeypatch.setattr(_launch, "_compiled", lambda kernel, signature, bounds: 7)
+    monkeypatch.setattr(_launch.cuda, "gpus", {0: nullcontext()})
+    layout, _ = ptx.laid_out((1, 3_000_000), 1, 4)
+    plan = choose(layout, (0, 0), ptx.H200)
+    steps = _launch.launches("softmax", _kernels.FORMATS["float32"], layout, plan, 0)
+    arguments = [[*step.arguments[:-2], *step.arguments[-2], *step.arguments[-1]] for step in steps]
+    prepared = _launch.prepare("softmax", _kernels.FORMATS["float32"], layout, plan, 0, device=0)
+    prepared.run({"x": 256, "y": 512, "g": 256}, stream=11)
+
+    n_states = plan.n_chunks
+    names = {"x": 256, "y": 512, "g": 256, "maxima": 4096, "sums": 4096 + 4 * n_states}
+    expected = [[names.get(argument, argument) for argument in step] for step in arguments]
+    sizes = (n_states, 1, 1, 256, 1, 1, 0)
+    assert launched == [
+        ("allocate", 8 * n_states, 11),
+        ("launch", "function 7", sizes, 11, expected[0]),
+        ("launch", "function 7", sizes, 11, expected[1]),
+        ("free", 4096, 11),
+    ]
+
+
+def test_a_refusal_of_the_driver_is_an_error(monkeypatch):
+    names = SimpleNamespace(cuGetErrorName=lambda code: (0, b"CUDA_ERROR_INVALID_VALUE"))
+    monkeypatch.setattr(_launch, "driver", names)
+    with pytest.raises(_launch.CudaError, match="CUDA_ERROR_INVALID_VALUE"):
+        _launch._checked((1,))
+    assert _launch._checked((0, 5)) == 5
+
+
+def test_without_a_device_the_backend_says_what_is_missing():
+    reason = fastsoftmax._dispatch.unavailable_reason(
+        next(backend for backend in fastsoftmax._dispatch.BACKENDS if backend.name == "cuda")
+    )
+    if reason is None:
+        pytest.skip("there is a device")
+    with pytest.raises(fastsoftmax.BackendUnavailableError, match="no CUDA device can be used: "):
+        fastsoftmax.softmax([1.0], backend="cuda")
+
+    class OnDevice:
+        def __dlpack_device__(self):
+            return 2, 0
+
+    with pytest.raises(fastsoftmax.BackendUnavailableError, match="backend 'cuda' is not available"):
+        fastsoftmax.softmax(OnDevice())

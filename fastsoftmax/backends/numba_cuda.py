@@ -19,7 +19,8 @@ if find_spec("numba_cuda") is None:
 from numba import cuda
 
 if not cuda.is_available():
-    raise ImportError(f"no CUDA device can be used: {cuda.cuda_error() or 'none is visible'}".strip())
+    reason = " ".join(str(cuda.cuda_error() or "none is visible").split())
+    raise ImportError(f"no CUDA device can be used: {reason}")
 
 from fastsoftmax._dispatch import Factors, Function, Plan, choices
 from fastsoftmax._layout import Array, Layout, c_order_layout, make_layout, normalize_axes

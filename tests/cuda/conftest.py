@@ -110,13 +110,10 @@ def card():
 
 
 def pytest_collection_modifyitems(items):
-    # Threads of the simulator compute with NumPy, which tells of every overflow; on a card, Numba tells of small grids and
-    # of arrays that it copies, and libraries of that machine's tell of what they will.
-    ignored = (
-        ["ignore::RuntimeWarning"]
-        if SIMULATED
-        else ["ignore:Grid size", "ignore:Host array", "ignore::DeprecationWarning"]
-    )
+    # Threads of the simulator compute with NumPy, which tells of every overflow. On a card, Numba tells of small grids
+    # and of arrays that it copies, and its libraries tell of what is to change.
+    on_card = ["ignore:Grid size", "ignore:Host array", "ignore::DeprecationWarning"]
+    ignored = ["ignore::RuntimeWarning"] if SIMULATED else on_card
     for item in items:
         if Path(__file__).parent in item.path.parents:
             for filter in ignored:
