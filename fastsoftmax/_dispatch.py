@@ -120,7 +120,8 @@ class Backend:
         return self.dtypes is None or dtype in self.dtypes
 
 
-_KERNEL_DTYPES: frozenset[np.dtype[Any]] = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+_FLOAT32 = np.dtype(np.float32)
+_KERNEL_DTYPES: frozenset[np.dtype[Any]] = frozenset({_FLOAT32, np.dtype(np.float64)})
 
 # In order of preference. Numba is passed over for small arrays: loading it and its kernels costs about a second, which
 # only data that NumPy needs long for can repay.
@@ -253,6 +254,8 @@ _CUDA, _CUDA_MANAGED = 2, 13
 def is_on_gpu(x: object) -> bool:
     """Whether an object is an array in the memory of a CUDA device."""
     kind = type(x)
+    if (is_cuda := getattr(x, "is_cuda", None)) is not None:  # Torch's: a tenth of the time of what follows
+        return bool(is_cuda)
     if hasattr(kind, "__dlpack_device__"):
         return x.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)  # type: ignore[attr-defined]
     return hasattr(kind, "__cuda_array_interface__")
@@ -271,7 +274,8 @@ def select_on_gpu(argument: str | None = None) -> Any:
     forced = forced_backend(argument)
     if forced is not None and forced.name != "cuda":
         raise TypeError(f"backend {forced.name!r} does not compute on arrays on a CUDA device; 'cuda' does")
-    return select(np.dtype(np.float32), 0, "cuda")
+    loaded = load(_by_name["cuda"])
+    return loaded if not isinstance(loaded, Exception) else select(_FLOAT32, 0, "cuda")
 
 
 @contextmanager

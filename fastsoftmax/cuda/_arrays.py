@@ -9,9 +9,10 @@ the caller's library is using, and DLPack puts streams in order.
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -102,6 +103,11 @@ class Library(Protocol):
 
     def view(self, x: Any) -> View: ...
 
+    def address(self, x: Any) -> int: ...
+
+    def form(self, x: Any) -> Hashable:
+        """Return what all of a view but the address follows from, in the form that the library has it."""
+
     def device(self, x: Any) -> int: ...
 
     def stream(self, x: Any) -> int:
@@ -115,6 +121,12 @@ class Library(Protocol):
 
 
 class Torch:
+    def address(self, x: Any) -> int:
+        return int(x.data_ptr())
+
+    def form(self, x: Any) -> Hashable:
+        return x.shape, x.stride(), x.dtype
+
     def view(self, x: Any) -> View:
         itemsize = x.element_size()
         strides = tuple(stride * itemsize for stride in x.stride())
@@ -134,6 +146,12 @@ class Torch:
 
 
 class Cupy:
+    def address(self, x: Any) -> int:
+        return int(x.data.ptr)
+
+    def form(self, x: Any) -> Hashable:
+        return x.shape, x.strides, x.dtype
+
     def view(self, x: Any) -> View:
         return View(x.data.ptr, x.shape, x.strides, x.dtype.name, x.itemsize)
 
@@ -154,6 +172,13 @@ class Cupy:
 
 class Interface:
     """``__cuda_array_interface__``: of Numba's own arrays and of libraries that are not known here."""
+
+    def address(self, x: Any) -> int:
+        return int(x.__cuda_array_interface__["data"][0])
+
+    def form(self, x: Any) -> Hashable:
+        interface = x.__cuda_array_interface__
+        return interface["shape"], interface.get("strides"), interface["typestr"]
 
     def view(self, x: Any) -> View:
         interface = x.__cuda_array_interface__
@@ -188,12 +213,13 @@ _LIBRARIES: dict[str, Library] = {"torch": Torch(), "cupy": Cupy()}
 _INTERFACE = Interface()
 
 
-def library_of(x: Any) -> Library | None:
-    """Return who is asked about an array, None where only DLPack can tell; Torch's and CuPy's subclasses are theirs."""
-    for kind in type(x).__mro__:
-        if (library := _LIBRARIES.get(kind.__module__.partition(".")[0])) is not None:
+@cache
+def library_of(kind: type) -> Library | None:
+    """Return who is asked about arrays of a type; None where only DLPack can tell. Torch's subclasses are Torch's."""
+    for ancestor in kind.__mro__:
+        if (library := _LIBRARIES.get(ancestor.__module__.partition(".")[0])) is not None:
             return library
-    return None if hasattr(x, "__array_namespace__") else _INTERFACE
+    return None if hasattr(kind, "__array_namespace__") else _INTERFACE
 
 
 def borrow(x: Any) -> Any:

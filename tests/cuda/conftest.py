@@ -133,5 +133,7 @@ def small_plans(monkeypatch):
     monkeypatch.setattr(_plan, "CHUNK_THREADS", 64)
     monkeypatch.setattr(_plan, "STRIP_THREADS", 64)
     numba_cuda._prepare.cache_clear()
+    numba_cuda._known.clear()
     yield
     numba_cuda._prepare.cache_clear()
+    numba_cuda._known.clear()

@@ -153,6 +153,12 @@ class Library:
         elements = x.elements
         return View(elements.ctypes.data, x.shape, elements.strides, elements.dtype.name, elements.itemsize)
 
+    def address(self, x):
+        return x.elements.ctypes.data
+
+    def form(self, x):
+        return x.elements.shape, x.elements.strides, x.elements.dtype.name
+
     def device(self, x):
         return 0
 

@@ -169,6 +169,22 @@ def test_results_are_the_same_each_time(gpu, small_plans):
     assert first == second
 
 
+def test_calls_are_remembered_by_all_that_distinguishes_them(gpu):
+    x = normals((4, 6), np.float32)
+    calls = [(axis, keepdims) for axis in (0, 1, None) for keepdims in (False, True)]
+    for _ in range(2):
+        for axis, keepdims in calls:
+            data = gpu.to_device(x, 0)
+            result = gpu.to_host(fastsoftmax.logsumexp(data, axis, keepdims=keepdims))
+            expected = fastsoftmax.logsumexp(x, axis, keepdims=keepdims, backend="numpy")
+            assert np.shape(result) == np.shape(expected)
+            np.testing.assert_allclose(result, expected, rtol=1e-6)
+    with pytest.raises(TypeError, match="axis must be"):
+        fastsoftmax.logsumexp(gpu.to_device(x, 0), True)
+    assert check(gpu, "softmax", x, 1, 1).vector == 1
+    assert check(gpu, "softmax", x, 1, 0).vector == 4
+
+
 def test_bad_input(gpu):
     data = gpu.to_device(normals((3, 4), np.float32), 0)
     with pytest.raises(TypeError, match="must be one of float16, bfloat16, float32, float64, not int32"):
