@@ -93,6 +93,8 @@ def assemble(launch, architecture, directory):
     ).groups()
     return {
         "kernel": launch.make().__name__,
+        "parameters": len(re.findall(r"^\s*\.param ", text.partition(".visible .entry")[2].partition("{")[0], re.M)),
+        "arguments": sum(len(one) if isinstance(one, tuple) else 1 for one in launch.arguments),
         "threads": launch.block[0] * launch.block[1],
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "stack": int(stack),

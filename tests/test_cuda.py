@@ -199,6 +199,11 @@ def test_no_kernel_spills(machine_code):
         assert code["registers"] * code["threads"] <= 65536, code
 
 
+def test_kernels_take_the_arguments_that_are_passed(machine_code):
+    for code in machine_code:
+        assert code["parameters"] == code["arguments"], code
+
+
 def test_vectors_are_read_and_written_at_once(machine_code):
     for code in machine_code:
         width = "v2" if code["dtype"] == "float64" else "v4"

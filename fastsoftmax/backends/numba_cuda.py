@@ -38,9 +38,14 @@ _REMEMBERED = 4096
 
 
 class _Known(NamedTuple):
-    """What a call without ``out`` needs: shape of the result (None: that of the input), its alignment, plan and launches."""
+    """What a call without ``out`` needs.
+
+    The shape of its result (None: that of the input), how many elements after a boundary it begins, and so its
+    alignment; the plan, and the launches.
+    """
 
     shape: tuple[int, ...] | None
+    offset: int
     alignment: int
     plan: Plan
     prepared: _launch.Prepared
@@ -74,7 +79,7 @@ def compute(
     name : str
         What errors call ``x``.
     """
-    library = library_of(type(x))
+    library = library_of(type(x))  # type: ignore[arg-type]  # mypy has types that are not hashable
     if library is None:
         borrowed = [None if array is None else borrow(array) for array in (x, out, g)]
         result = compute(kernel, borrowed[0], axis, borrowed[1], keepdims, borrowed[2], name)
@@ -87,7 +92,7 @@ def compute(
         known = _known.get(key)
         if known is None:
             return _compute(library, kernel, x, axis, None, keepdims, None, name, key)
-        result = library.empty(x, known.shape)
+        result = library.empty(x, known.shape, known.offset)
         result_address = library.address(result)
         if result_address % VECTOR_BYTES != known.alignment:
             return _compute(library, kernel, x, axis, result, keepdims, None, name)
@@ -117,8 +122,10 @@ def _compute(
     shape = view.shape if kernel != "logsumexp" else reduced
     if kernel == "logsumexp" and keepdims:
         shape = tuple(1 if axis in axes else size for axis, size in enumerate(view.shape))
+    # An array that begins off a boundary gets a result that does so too: only then are both read by vectors.
+    offset = view.address % VECTOR_BYTES // view.itemsize if kernel != "logsumexp" and view.c_contiguous else 0
     if out is None:
-        target = library.empty(x, shape if kernel == "logsumexp" else None)
+        target = library.empty(x, shape if kernel == "logsumexp" else None, offset)
     else:
         target = _target(library, view, x, out, shape)
     result = library.view(target)
@@ -135,7 +142,7 @@ def _compute(
     prepared.run(addresses, library.stream(x))
     if key is not None and len(_known) < _REMEMBERED:
         new_shape = shape if kernel == "logsumexp" else None
-        _known[key] = _Known(new_shape, result.address % VECTOR_BYTES, plan, prepared)
+        _known[key] = _Known(new_shape, offset, result.address % VECTOR_BYTES, plan, prepared)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)
     if out is not None and target is not out:

@@ -116,8 +116,11 @@ class Library(Protocol):
     def on_device_of(self, x: Any) -> AbstractContextManager[Any]:
         """Make the array's device the library's current one."""
 
-    def empty(self, x: Any, shape: tuple[int, ...] | None) -> Any:
-        """Return a new array like ``x`` in memory order, or in C order of another shape."""
+    def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
+        """Return a new array like ``x`` in memory order, or in C order of another shape.
+
+        It begins so many elements after the library's own boundaries; with an offset, ``x`` is in C order.
+        """
 
 
 class Torch:
@@ -141,8 +144,12 @@ class Torch:
     def on_device_of(self, x: Any) -> AbstractContextManager[Any]:
         return nullcontext()  # torch allocates where the array is
 
-    def empty(self, x: Any, shape: tuple[int, ...] | None) -> Any:
-        return sys.modules["torch"].empty_like(x, requires_grad=False) if shape is None else x.new_empty(shape)
+    def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
+        if shape is not None:
+            return x.new_empty(shape)
+        if offset:
+            return x.new_empty(x.numel() + offset)[offset:].view(x.shape)
+        return sys.modules["torch"].empty_like(x, requires_grad=False)
 
 
 class Cupy:
@@ -165,8 +172,10 @@ class Cupy:
         device: AbstractContextManager[Any] = x.device
         return device
 
-    def empty(self, x: Any, shape: tuple[int, ...] | None) -> Any:
+    def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
         cupy = sys.modules["cupy"]
+        if offset:
+            return cupy.empty(x.size + offset, x.dtype)[offset:].reshape(x.shape)
         return cupy.empty_like(x) if shape is None else cupy.empty(shape, x.dtype)
 
 
@@ -202,10 +211,12 @@ class Interface:
         context: AbstractContextManager[Any] = cuda.gpus[self.device(x)]
         return context
 
-    def empty(self, x: Any, shape: tuple[int, ...] | None) -> Any:
+    def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
         from numba import cuda
 
         view = self.view(x)
+        if offset:
+            return cuda.device_array(view.size + offset, np.dtype(view.dtype))[offset:].reshape(view.shape)
         return cuda.device_array(view.shape if shape is None else shape, np.dtype(view.dtype))
 
 

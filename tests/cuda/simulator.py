@@ -168,10 +168,10 @@ class Library:
     def on_device_of(self, x):
         return nullcontext()
 
-    def empty(self, x, shape):
+    def empty(self, x, shape, offset=0):
         elements = x.elements
         order = np.empty_like(elements) if shape is None else np.empty(shape, elements.dtype)
-        memory = allocate(order.nbytes).view(elements.dtype)
+        memory = allocate(order.nbytes + offset * elements.itemsize).view(elements.dtype)[offset:]
         return Array(as_strided(memory, order.shape, order.strides))
 
 
