@@ -129,6 +129,17 @@ def test_special_values(gpu, function, dtype, row, axis):
     assert np.array_equal(result == 0, expected == 0)
 
 
+@pytest.mark.parametrize("row", SPECIAL_ROWS)
+def test_special_values_in_one_of_many_chunks(gpu, function, row, small_plans):
+    x = np.full((1, 1100), -np.inf if row == "all -inf" else -3.0, np.float32)
+    x[0, 1050:1053] = SPECIAL_ROWS[row]
+    data = gpu.to_device(x, 0)
+    with record_plans() as plans:
+        result = gpu.to_host(getattr(fastsoftmax, function)(data, 1))
+    assert plans[0].launch.n_chunks == 2
+    np.testing.assert_allclose(result, getattr(fastsoftmax, function)(x, 1, backend="numpy"), rtol=1e-5)
+
+
 @pytest.mark.parametrize("value", [-1e30, 3e8, 1e4, -700.0, 80.0])
 def test_large_common_offsets(gpu, value):
     check(gpu, "softmax", (normals((2, 40), np.float32) + np.float32(value)).astype(np.float32), 1)
