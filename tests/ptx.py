@@ -20,8 +20,9 @@ from numba import cuda
 from numpy.lib.stride_tricks import as_strided
 
 from fastsoftmax._layout import make_layout
-from fastsoftmax.cuda import _kernels, _launch
+from fastsoftmax.cuda import _launch
 from fastsoftmax.cuda._plan import Device, choose
+from fastsoftmax.cuda._vectors import FORMATS
 
 H200 = Device(n_multiprocessors=132, threads_per_multiprocessor=2048, l2_bytes=60 * 2**20)
 
@@ -71,7 +72,7 @@ def _c_strides(shape, itemsize):
 def launches(name, function, dtype):
     """Return the plan for one of the shapes, and its launches."""
     shape, strides = SHAPES[name]
-    format = _kernels.FORMATS[dtype]
+    format = FORMATS[dtype]
     layout, phases = laid_out(shape, 0 if "strips" in name else 1, format.itemsize, function, strides)
     plan = choose(layout, phases, H200)
     return plan, _launch.launches(function, format, layout, plan, 0)
@@ -110,7 +111,7 @@ def report(architecture):
     """
     found = []
     with tempfile.TemporaryDirectory() as directory:
-        for dtype in _kernels.FORMATS:
+        for dtype in FORMATS:
             for name in SHAPES if dtype != "float16" else ("rows of 512 threads",):
                 for function in FUNCTIONS if name in ("rows of 512 threads", "strips") else FUNCTIONS[:1]:
                     plan, steps = launches(name, function, dtype)

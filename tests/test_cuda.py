@@ -17,8 +17,9 @@ from tests.reference import exact, max_ulp_error
 
 pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
 
-from fastsoftmax.cuda import _kernels, _launch, _state
-from fastsoftmax.cuda._plan import choose
+from fastsoftmax.cuda import _launch, _state
+from fastsoftmax.cuda._plan import IN_FLIGHT, choose
+from fastsoftmax.cuda._vectors import FORMATS
 from tests import ptx
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -162,7 +163,7 @@ def test_chunks_cover_a_row_and_end_where_loops_do(n_cols):
     plan = choose(*ptx.laid_out((1, n_cols), 1, 2), ptx.H200)
     assert (plan.n_chunks - 1) * plan.chunk < n_cols <= plan.n_chunks * plan.chunk
     assert plan.n_chunks <= 1024
-    assert plan.chunk % (plan.vector * plan.threads_per_row * _kernels.IN_FLIGHT) == 0
+    assert plan.chunk % (plan.vector * plan.threads_per_row * IN_FLIGHT) == 0
 
 
 # Machine code
@@ -258,9 +259,9 @@ def test_arguments_reach_the_driver(monkeypatch):
     monkeypatch.setattr(_launch.cuda, "gpus", {0: nullcontext()})
     layout, _ = ptx.laid_out((1, 3_000_000), 1, 4)
     plan = choose(layout, (0, 0), ptx.H200)
-    steps = _launch.launches("softmax", _kernels.FORMATS["float32"], layout, plan, 0)
+    steps = _launch.launches("softmax", FORMATS["float32"], layout, plan, 0)
     arguments = [[*step.arguments[:-2], *step.arguments[-2], *step.arguments[-1]] for step in steps]
-    prepared = _launch.prepare("softmax", _kernels.FORMATS["float32"], layout, plan, 0, device=0)
+    prepared = _launch.prepare("softmax", FORMATS["float32"], layout, plan, 0, device=0)
     prepared.run({"x": 256, "y": 512, "g": 256}, stream=11)
 
     n_states = plan.n_chunks

@@ -28,8 +28,9 @@ from fastsoftmax._layout import Array, Layout, c_order_layout, make_layout, norm
 from fastsoftmax._schedule import Schedule
 from fastsoftmax.cuda import _launch
 from fastsoftmax.cuda._arrays import Library, View, borrow, library_of
-from fastsoftmax.cuda._kernels import FORMATS, Kernel
+from fastsoftmax.cuda._kernels import Kernel
 from fastsoftmax.cuda._plan import VECTOR_BYTES, LaunchPlan, choose
+from fastsoftmax.cuda._vectors import FORMATS
 
 READS: frozenset[str] = frozenset({"float16", "bfloat16"})
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from fastsoftmax.cuda import _kernels, _state
 from fastsoftmax.cuda._instructions import device
+from fastsoftmax.cuda._vectors import FORMATS, Format
 
 __all__ = ["DeviceFunctions", "device_functions"]
 
@@ -59,7 +60,7 @@ def device_functions(dtype: Literal["float32", "float64"] = "float32") -> Device
     -------
     DeviceFunctions
     """
-    format = _kernels.FORMATS[dtype]
+    format = FORMATS[dtype]
     state = _state.on_device(format.precision)
     return DeviceFunctions(
         state.fold,
@@ -71,7 +72,7 @@ def device_functions(dtype: Literal["float32", "float64"] = "float32") -> Device
     )
 
 
-def _reduce(format: _kernels.Format, lanes: int) -> Any:
+def _reduce(format: Format, lanes: int) -> Any:
     merge_all = _kernels.merging(format, lanes)
 
     @device

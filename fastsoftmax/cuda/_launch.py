@@ -19,8 +19,9 @@ from numba import cuda
 
 from fastsoftmax._layout import Dimension, Layout
 from fastsoftmax.cuda import _kernels
-from fastsoftmax.cuda._kernels import Format, Kernel
+from fastsoftmax.cuda._kernels import Kernel
 from fastsoftmax.cuda._plan import MOST_THREADS, VECTOR_BYTES, Device, LaunchPlan
+from fastsoftmax.cuda._vectors import Format
 
 # Kernels of two inputs that are equally large.
 PRODUCTS = ("softmax_vjp", "log_softmax_vjp")
