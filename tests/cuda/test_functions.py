@@ -84,7 +84,7 @@ def test_rows_split_over_blocks(gpu, function, small_plans):
     assert (launch.traversal, launch.n_chunks) == ("split", 3)
 
 
-@pytest.mark.parametrize("shape", [(21, 24), (3, 9, 21), (2, 40, 5)])
+@pytest.mark.parametrize("shape", [(21, 24), (3, 9, 21)])
 def test_strips(gpu, function, dtype, shape, small_plans):
     launch = check(gpu, function, normals(shape, dtype), -2)
     assert launch.traversal == "strips"
@@ -116,9 +116,10 @@ SPECIAL_ROWS = {
 }
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("dtype", "axis"), [("bfloat16", 1), ("float32", 0), ("float32", 1), ("float64", 0)])
 @pytest.mark.parametrize("row", SPECIAL_ROWS)
 def test_special_values(gpu, function, dtype, row, axis):
+    dtype = DTYPES[dtype]
     x = np.array([SPECIAL_ROWS[row]] * 2).astype(dtype)
     if row == "largest numbers":
         x = (x.astype(np.float64) * float(ml_dtypes.finfo(dtype).max)).astype(dtype)
@@ -129,7 +130,7 @@ def test_special_values(gpu, function, dtype, row, axis):
     assert np.array_equal(result == 0, expected == 0)
 
 
-@pytest.mark.parametrize("row", SPECIAL_ROWS)
+@pytest.mark.parametrize("row", ["nan", "two +inf", "all -inf"])
 def test_special_values_in_one_of_many_chunks(gpu, function, row, small_plans):
     x = np.full((1, 1100), -np.inf if row == "all -inf" else -3.0, np.float32)
     x[0, 1050:1053] = SPECIAL_ROWS[row]
