@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures test lint asv wheel clean
+.PHONY: help bench bench-peers compare figures test test-gpu lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,19 @@ figures: $(PEERS) ## Measure and draw the figures of docs/performance.md: build/
 test: lint ## Lint, then run every test and doctest; a warning is an error
 	find fastsoftmax -name '*.nb[ci]' -delete  # Numba's cache does not notice edits in other files
 	$(BIN)/python -m pytest
+
+# With the Python of a machine that has a card, numba-cuda and pytest, and perhaps no package registry: from the source
+# tree, where the extension need not be built. SANITIZER= leaves compute-sanitizer out.
+SANITIZER ?= compute-sanitizer
+SANITIZED := "test_rows_within_a_warp and float32 or test_rows_of_a_block or test_strips and float16 or split"
+
+test-gpu: ## Run the tests of the CUDA backend on a card, then some under compute-sanitizer
+	PYTHONPATH=. $(PYTHON) -m pytest tests/cuda -q
+	@if test -n "$(SANITIZER)" && ! command -v $(SANITIZER) >/dev/null; then \
+		echo "not run: memcheck and racecheck, as there is no $(SANITIZER)"; \
+	elif test -n "$(SANITIZER)"; then for tool in memcheck racecheck; do \
+		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
+			$(PYTHON) -m pytest tests/cuda -q -k $(SANITIZED) || exit 1; done; fi
 
 lint: $(READY) ## Check style, types and spelling
 	$(BIN)/ruff check

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastsoftmax import _dispatch
-from fastsoftmax._dispatch import BackendModule, Factors, Function, execute, select
+from fastsoftmax._dispatch import BackendModule, Factors, Function, execute, is_on_gpu, select, select_on_gpu
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 from fastsoftmax._outputs import empty_like
 
@@ -29,12 +29,12 @@ def softmax(
     Parameters
     ----------
     x : array_like
-        Logits of any shape and any real or complex dtype.
+        Logits of any shape and any real or complex dtype; or an array on a CUDA device, see docs/gpu.md.
     axis : int, tuple of ints or None, optional
         The axes over which the probabilities sum to 1. None, the default, means all of them, as in SciPy.
     out : ndarray, optional
         Where to write the result; it must have the shape of ``x`` and the dtype of the result. It may be ``x``.
-    backend : {"cython", "numba", "numpy"}, optional
+    backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
     Returns
@@ -84,12 +84,12 @@ def log_softmax(
     Parameters
     ----------
     x : array_like
-        Logits of any shape and any real or complex dtype.
+        Logits of any shape and any real or complex dtype; or an array on a CUDA device, see docs/gpu.md.
     axis : int, tuple of ints or None, optional
         The axes over which the probabilities sum to 1. None, the default, means all of them, as in SciPy.
     out : ndarray, optional
         Where to write the result; it must have the shape of ``x`` and the dtype of the result. It may be ``x``.
-    backend : {"cython", "numba", "numpy"}, optional
+    backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
     Returns
@@ -158,7 +158,7 @@ def logsumexp(
     Parameters
     ----------
     a : array_like
-        Exponents of any shape and any real or complex dtype.
+        Exponents of any shape and any real or complex dtype; or an array on a CUDA device, see docs/gpu.md.
     axis : int, tuple of ints or None, optional
         The axes to sum over. None, the default, means all of them.
     b : array_like, optional
@@ -170,7 +170,7 @@ def logsumexp(
         Also return the sign of the sum, so that a negative sum has a real logarithm.
     out : ndarray, optional
         Where to write the result; it must have the shape and the dtype of the result.
-    backend : {"cython", "numba", "numpy"}, optional
+    backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
     Returns
@@ -211,6 +211,10 @@ def logsumexp(
         result = direct.direct_logsumexp(a, axis, out, backend)
         if result is not None:
             return result
+    if not isinstance(a, np.ndarray) and is_on_gpu(a):
+        if b is not None or return_sign:
+            raise TypeError("logsumexp of an array on a CUDA device takes neither b nor return_sign")
+        return select_on_gpu(backend).compute("logsumexp", a, axis, out, keepdims, name="a")
     terms, factors = _numbers(a, "a"), None
     working, dtype = _dtypes(terms.dtype, "logsumexp")
     if b is not None:
@@ -248,6 +252,8 @@ def logsumexp(
 
 def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, backend: str | None) -> Any:
     """Run a function whose output has the shape of its input."""
+    if not isinstance(x, np.ndarray) and is_on_gpu(x):
+        return select_on_gpu(backend).compute(function, x, axis, out)
     logits = _numbers(x, "x")
     axes = normalize_axes(axis, logits.ndim)
     working, result = _dtypes(logits.dtype, function)

@@ -37,6 +37,7 @@ Kind = Literal["backend", "peer", "copy", "read"]
 
 FUNCTIONS: tuple[Function, ...] = ("softmax", "log_softmax", "logsumexp")
 DTYPES = ("float32", "float64")
+ALL_DTYPES = (*DTYPES, "bfloat16", "float16")
 
 # A sample lasts at least this long, so that reading the clock (about 50 ns) does not show in it.
 SAMPLE_SECONDS = 0.2e-3
@@ -320,6 +321,7 @@ CONTENDERS = (
             partial(prepare_fastsoftmax, backend.name),
         )
         for backend in _dispatch.BACKENDS
+        if backend.is_automatic  # the others are not for arrays in main memory
     ),
     Contender("numpy", "peer", lambda: None, _prepare_numpy),
     Contender("scipy", "peer", partial(_import_error, "scipy.special"), _prepare_scipy),
@@ -567,7 +569,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--functions", type=list_of(FUNCTIONS), default=("softmax",), help=f"of {', '.join(FUNCTIONS)} [softmax]"
     )
-    parser.add_argument("--dtypes", type=list_of(DTYPES), default=DTYPES, help=f"of {', '.join(DTYPES)} [both]")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: softmax on a card, beside the peers there [cpu]"
+    )
+    parser.add_argument(
+        "--dtypes", type=list_of(ALL_DTYPES), help="float32 and float64; on a card also bfloat16 and float16 [two]"
+    )
     parser.add_argument(
         "--shapes", type=_shapes, help="such as 64x1000,4096x4096@0: sizes, and the axis if it is not the last"
     )
@@ -625,6 +632,13 @@ def _plot_path(text: str) -> Path:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the benchmark that the options describe; print its table, write its files."""
+    if options.device == "cuda":
+        from fastsoftmax import _bench_cuda
+
+        return _bench_cuda.run(options, parser)
+    dtypes = options.dtypes or DTYPES
+    if not set(dtypes) <= set(DTYPES):
+        parser.error(f"argument --dtypes: on the processor {' and '.join(DTYPES)} are compared")
     try:
         n_threads = options.threads or max_threads()
         _dispatch.select(np.dtype(DTYPES[0]), 0)
@@ -634,7 +648,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
     cases = [
         parse_case(text, dtype)
-        for dtype in options.dtypes
+        for dtype in dtypes
         for text in options.shapes or DEFAULT_SHAPES
         if options.shapes or (text, dtype) not in OMITTED
     ]

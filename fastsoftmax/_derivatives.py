@@ -29,7 +29,7 @@ from fastsoftmax._api import (
     _read_as,
     _reduced_shape,
 )
-from fastsoftmax._dispatch import Factors, Function, execute, select
+from fastsoftmax._dispatch import Factors, Function, execute, is_on_gpu, select, select_on_gpu
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 from fastsoftmax._outputs import empty_like
 
@@ -250,6 +250,8 @@ def _vjp(
     backend: str | None,
 ) -> Any:
     """Run a vector-Jacobian product of the argument called ``name``."""
+    if not isinstance(x, np.ndarray) and is_on_gpu(x):
+        return select_on_gpu(backend).compute(function, x, axis, out, keepdims, g, name)
     values, gradient = _real_numbers(x, name), _real_numbers(g, "g")
     axes = normalize_axes(axis, values.ndim)
     working, dtype = _dtypes(_common_dtype(name, x, values, "g", g, gradient), "logsumexp")

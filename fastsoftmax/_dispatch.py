@@ -15,12 +15,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from fastsoftmax._layout import Array, Layout
 from fastsoftmax._schedule import Schedule
+
+if TYPE_CHECKING:
+    from fastsoftmax.cuda._plan import LaunchPlan
 
 Function = Literal[
     "softmax",
@@ -40,12 +43,16 @@ CROSS_ENTROPIES: frozenset[Function] = frozenset({"softmax_cross_entropy", "dens
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What serves a call: the function, the backend, its instruction-set tier (if it has tiers) and the schedule."""
+    """What serves a call: the function, the backend, its instruction-set tier (if it has tiers) and the schedule.
+
+    On a GPU the tier is the architecture of the card, and ``launch`` says how the call is spread over it.
+    """
 
     function: Function
     backend: str
     isa: str | None
     schedule: Schedule
+    launch: LaunchPlan | None = None
 
 
 class Factors(NamedTuple):
@@ -151,24 +158,30 @@ class Backend:
         The dtypes it computes in; None for every inexact dtype.
     min_size : int
         Elements from which the automatic choice considers it.
+    is_automatic : bool
+        Whether the automatic choice considers it at all.
     """
 
     name: str
     module: str
     dtypes: frozenset[np.dtype[Any]] | None
     min_size: int = 0
+    is_automatic: bool = True
 
     def computes(self, dtype: np.dtype[Any]) -> bool:
         return self.dtypes is None or dtype in self.dtypes
 
 
-_KERNEL_DTYPES: frozenset[np.dtype[Any]] = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+_FLOAT32 = np.dtype(np.float32)
+_KERNEL_DTYPES: frozenset[np.dtype[Any]] = frozenset({_FLOAT32, np.dtype(np.float64)})
 
 # In order of preference. Numba is passed over for small arrays: loading it and its kernels costs about a second, which
 # only data that NumPy needs long for can repay.
 BACKENDS = (
     Backend("cython", "fastsoftmax.backends.compiled", _KERNEL_DTYPES),
     Backend("numba", "fastsoftmax.backends.numba_cpu", _KERNEL_DTYPES, min_size=65_536),
+    # Serves arrays that are on a GPU already. The way there and back takes longer than the other backends need.
+    Backend("cuda", "fastsoftmax.backends.numba_cuda", _KERNEL_DTYPES, is_automatic=False),
     Backend("numpy", "fastsoftmax.backends.numpy_generic", None),
 )
 _by_name = {backend.name: backend for backend in BACKENDS}
@@ -271,7 +284,7 @@ def select(dtype: np.dtype[Any], size: int, argument: str | None = None) -> Back
     forced = forced_backend(argument)
     if forced is None:
         for backend in BACKENDS:
-            if size >= backend.min_size and backend.computes(dtype):
+            if backend.is_automatic and size >= backend.min_size and backend.computes(dtype):
                 loaded = load(backend)
                 if not isinstance(loaded, Exception):
                     return loaded
@@ -286,13 +299,44 @@ def select(dtype: np.dtype[Any], size: int, argument: str | None = None) -> Back
     return loaded
 
 
+# Device types of DLPack.
+_CUDA, _CUDA_MANAGED = 2, 13
+
+
+def is_on_gpu(x: object) -> bool:
+    """Whether an object is an array in the memory of a CUDA device."""
+    kind = type(x)
+    if (is_cuda := getattr(x, "is_cuda", None)) is not None:  # Torch's: a tenth of the time of what follows
+        return bool(is_cuda)
+    if hasattr(kind, "__dlpack_device__"):
+        return x.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)  # type: ignore[attr-defined]
+    return hasattr(kind, "__cuda_array_interface__")
+
+
+def select_on_gpu(argument: str | None = None) -> Any:
+    """Return the module that computes on arrays in the memory of a CUDA device.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it cannot run here.
+    TypeError
+        If another backend is forced.
+    """
+    forced = forced_backend(argument)
+    if forced is not None and forced.name != "cuda":
+        raise TypeError(f"backend {forced.name!r} does not compute on arrays on a CUDA device; 'cuda' does")
+    loaded = load(_by_name["cuda"])
+    return loaded if not isinstance(loaded, Exception) else select(_FLOAT32, 0, "cuda")
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend for every call inside a ``with`` block, in this thread or task.
 
     Parameters
     ----------
-    name : {"cython", "numba", "numpy"}
+    name : {"cython", "numba", "numpy", "cuda"}
         The backend. The ``backend`` argument of a call goes before it.
 
     Raises

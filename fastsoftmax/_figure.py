@@ -1,4 +1,4 @@
-"""The figure of ``python -m fastsoftmax bench --plot``: how near each contender comes to a copy of the same bytes."""
+"""The figures of ``python -m fastsoftmax bench --plot``: how near each contender comes to a copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from fastsoftmax._bench import Contender, Measurement
+    from fastsoftmax._bench_cuda import CardMeasurement
 
 # Backends in colours that the colour-blind tell apart, peers in grey outlines: the eye compares ours with the field.
 _BACKEND_STYLES = (("o", "#0072B2"), ("D", "#D55E00"), ("s", "#009E73"))
@@ -93,3 +94,35 @@ def _styles(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
     for name, marker in zip(peers, _PEER_MARKERS, strict=True):
         styles[name] = {"marker": marker, "s": 34, "facecolors": "none", "edgecolors": _GREY, "linewidths": 1.0}
     return styles
+
+
+def draw_row_lengths(measurements: Sequence[CardMeasurement], card: str, path: Path) -> None:
+    """Draw bandwidth over row length, a panel for each dtype, ours in colour, in the format of the suffix."""
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(measurement.case.dtype for measurement in measurements))
+    figure = Figure(figsize=(1.2 + _PANEL_WIDTH * len(dtypes), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    peers = [name for name in dict.fromkeys(one.name for one in measurements) if name not in ("copy", "fastsoftmax")]
+    styles: dict[str, dict[str, Any]] = {
+        "copy": {"color": "#9aa7b1", "linewidth": 5, "alpha": 0.5},
+        "fastsoftmax": {"color": _BACKEND_STYLES[0][1], "marker": "o", "linewidth": 1.8},
+    }
+    for name, marker in zip(peers, _PEER_MARKERS, strict=False):
+        styles[name] = {"color": _GREY, "marker": marker, "markerfacecolor": "none", "linewidth": 0.8}
+    for panel, dtype in zip(panels, dtypes, strict=True):
+        for name, style in styles.items():
+            members = [one for one in measurements if (one.case.dtype, one.name) == (dtype, name)]
+            lengths = [one.case.shape[one.case.axis] for one in members]
+            panel.plot(lengths, [one.gigabytes_per_second for one in members], label=name, **style)
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.set_title(dtype, loc="left", fontsize=11)
+        panel.set_xlabel("row length")
+        panel.grid(axis="y", color="#eeeeee", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("GB/s")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    figure.suptitle(f"softmax: bytes read and written once, over the median time\n{card}", fontsize=11)
+    figure.savefig(path, dpi=150)

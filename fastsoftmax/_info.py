@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +85,8 @@ def _backend_lines() -> Iterator[Line]:
         yield backend.name, "available" if reason is None else f"not available: {reason}"
         if reason is None and backend.name == "cython":
             yield from _tier_lines()
-    yield "CUDA", f"no backend yet; {_cuda()}"
+        if reason is None and backend.name == "cuda":
+            yield "device", _device()
 
 
 def _tier_lines() -> Iterator[Line]:
@@ -96,16 +95,12 @@ def _tier_lines() -> Iterator[Line]:
     yield "tiers", f"{', '.join(compiled.tiers())} run here; in use: {compiled.active_tier()}"
 
 
-def _cuda() -> str:
-    if find_spec("numba_cuda") is None:
-        return "numba-cuda is not installed"
-    try:
-        cuda: Any = import_module("numba.cuda")
-        if not cuda.is_available():
-            return f"numba-cuda {version('numba-cuda')} is installed, but no device is visible"
-        return f"numba-cuda {version('numba-cuda')}, device: {cuda.get_current_device().name.decode()}"
-    except Exception as error:
-        return f"numba-cuda is installed, but looking for a device failed: {type(error).__name__}: {error}"
+def _device() -> str:
+    from numba import cuda
+
+    device = cuda.get_current_device()
+    name = device.name if isinstance(device.name, str) else device.name.decode()
+    return f"{name}, compute capability {'.'.join(map(str, device.compute_capability))}"
 
 
 def _choice_lines() -> Iterator[Line]:

@@ -118,18 +118,25 @@ POLYNOMIAL64 = (
 
 def polynomial32(r: Any) -> Any:
     """(exp(r) - 1 - r) / r**2 in float32."""
-    q = POLYNOMIAL32[0]
-    for coefficient in POLYNOMIAL32[1:]:
-        q = q * r + coefficient
-    return q
+    c = POLYNOMIAL32
+    q = c[0] * r + c[1]
+    q = q * r + c[2]
+    q = q * r + c[3]
+    return q * r + c[4]
 
 
 def polynomial64(r: Any) -> Any:
     """(exp(r) - 1 - r) / r**2 in float64."""
-    q = POLYNOMIAL64[0]
-    for coefficient in POLYNOMIAL64[1:]:
-        q = q * r + coefficient
-    return q
+    c = POLYNOMIAL64  # written out: on a GPU a loop would put it into memory
+    q = c[0] * r + c[1]
+    q = q * r + c[2]
+    q = q * r + c[3]
+    q = q * r + c[4]
+    q = q * r + c[5]
+    q = q * r + c[6]
+    q = q * r + c[7]
+    q = q * r + c[8]
+    return q * r + c[9]
 
 
 def polynomial(r: Any) -> Any:

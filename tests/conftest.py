@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("reproducible")
+
+collect_ignore = [] if find_spec("numba_cuda") else ["ptx.py", "cuda"]  # test_cuda.py says what is missing
 
 # Names, not modules: collecting the tests loads no backend.
 FORCED_BACKENDS = ("numpy", "numba", "cython-portable", "cython-x86_64_v2", "cython-x86_64_v3", "cython-x86_64_v4")

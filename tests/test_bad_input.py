@@ -96,7 +96,7 @@ def test_weights_that_do_not_broadcast():
 
 
 def test_unknown_backend_for_weights():
-    with pytest.raises(ValueError, match="must be one of 'cython', 'numba', 'numpy'"):
+    with pytest.raises(ValueError, match="must be one of 'cython', 'numba', 'cuda', 'numpy'"):
         logsumexp(X, b=X, backend="nonsense")
 
 

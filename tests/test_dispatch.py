@@ -177,9 +177,9 @@ def test_argument_goes_before_context_goes_before_environment(name, force_by_env
         assert backends_of(lambda: softmax(x)) == ["numpy"]
 
 
-@pytest.mark.parametrize("name", ["", "Cython", "cuda", "fortran", 3, b"numpy"])
+@pytest.mark.parametrize("name", ["", "Cython", "CUDA", "fortran", 3, b"numpy"])
 def test_unknown_backends_are_answered_with_those_that_exist(function, name):
-    with pytest.raises(ValueError, match="backend must be one of 'cython', 'numba', 'numpy', not"):
+    with pytest.raises(ValueError, match="backend must be one of 'cython', 'numba', 'cuda', 'numpy', not"):
         getattr(fastsoftmax, function)([1.0], backend=name)
     with pytest.raises(ValueError, match="backend must be one of"), use_backend(name):
         pass
@@ -279,7 +279,7 @@ def test_environment_forces_a_backend(python, python_error, name):
 
 def test_environment_with_an_unknown_backend(python_error):
     assert python_error(WHAT_RAN, FASTSOFTMAX_BACKEND="fortran") == (
-        "ValueError: FASTSOFTMAX_BACKEND must be one of 'cython', 'numba', 'numpy', not 'fortran'"
+        "ValueError: FASTSOFTMAX_BACKEND must be one of 'cython', 'numba', 'cuda', 'numpy', not 'fortran'"
     )
 
 

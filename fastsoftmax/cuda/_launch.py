@@ -1,0 +1,226 @@
+"""From a plan to launches, and the way to the driver.
+
+What a call needs besides addresses is prepared once for its sizes: the compiled kernels, and a buffer of arguments in
+the form the driver takes. A call then writes a few addresses into it and calls ``cuLaunchKernel``: the launch of a
+Numba kernel by itself takes some 10 us for every array among its arguments, which is longer than small kernels run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+from cuda.bindings import driver
+from numba import cuda
+
+from fastsoftmax._layout import Dimension, Layout
+from fastsoftmax.cuda import _kernels
+from fastsoftmax.cuda._kernels import Kernel
+from fastsoftmax.cuda._plan import MOST_THREADS, VECTOR_BYTES, Device, LaunchPlan
+from fastsoftmax.cuda._vectors import Format
+
+# Kernels of two inputs that are equally large.
+PRODUCTS = ("softmax_vjp", "log_softmax_vjp")
+
+
+class Launch(NamedTuple):
+    """One kernel, and what it is launched with.
+
+    Parameters
+    ----------
+    make : callable
+        Makes the kernel as a Python function, the same one each time.
+    signature : numba signature
+        The types of its arguments.
+    grid : int
+        Blocks.
+    block : tuple of int
+        Threads of a block.
+    arguments : tuple
+        Integers, tuples of integers, and the names of pointers.
+    """
+
+    make: Callable[[], Any]
+    signature: Any
+    grid: int
+    block: tuple[int, int]
+    arguments: tuple[Any, ...]
+
+
+def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, phase: int) -> tuple[Launch, ...]:
+    """Return the launches that carry out a plan, in order; ``phase`` is the address of the input modulo 16."""
+    vectorized = plan.vector > 1
+    phase = phase // format.itemsize if vectorized else 0
+    kept = _dimensions(layout.kept, format.itemsize)
+    reduced = _dimensions(layout.reduced, format.itemsize)
+    n_rows, n_cols = layout.n_rows, layout.n_cols
+
+    def launch(make: Callable[[], Any], grid: int, *arguments: Any) -> Launch:
+        kept = next(argument for argument in arguments if type(argument) is tuple)
+        signature = _kernels.signature(format, make(), len(kept) // 4, len(reduced) // 4)
+        return Launch(make, signature, grid, plan.block, arguments)
+
+    if plan.traversal == "strips":
+        make = partial(_kernels.strip_kernel, kernel, format, vectorized, plan.block[0] * plan.block[1])
+        n_inner = layout.kept[-1].size
+        n_strips = -(-(n_inner + phase) // plan.rows_per_block)
+        outer = kept[:-4] or (1, 0, 0, 0)
+        arguments = n_inner, n_cols, phase, n_strips, outer, kept[-4:], reduced
+        return (launch(make, n_rows // n_inner * n_strips, "x", "y", "g", *arguments),)
+    if plan.traversal == "rows":
+        lanes = plan.threads_per_row if plan.threads_per_row <= 32 else 0
+        kernels = _kernels.product_row_kernel if kernel in PRODUCTS else _kernels.row_kernel
+        make = partial(kernels, kernel, format, vectorized, lanes, plan.held, plan.has_rest)
+        return (launch(make, -(-n_rows // plan.rows_per_block), "x", "y", "g", n_rows, n_cols, phase, kept, reduced),)
+    sizes = plan.n_chunks, plan.chunk, n_cols, phase, kept, reduced
+    states = partial(_kernels.chunk_state_kernel, format, vectorized)
+    results = partial(_kernels.chunk_result_kernel, kernel, format, vectorized)
+    n_blocks = n_rows * plan.n_chunks
+    return (
+        launch(states, n_blocks, "x", "maxima", "sums", *sizes),
+        launch(results, n_rows if kernel == "logsumexp" else n_blocks, "x", "y", "g", "maxima", "sums", *sizes),
+    )
+
+
+def _dimensions(dimensions: tuple[Dimension, ...], itemsize: int) -> tuple[int, ...]:
+    """Return sizes and strides in elements, as kernels take them."""
+    strides = [stride for dimension in dimensions for stride in dimension[1:]]
+    if any(stride % itemsize for stride in strides):
+        raise ValueError(f"strides must be multiples of the item size, {itemsize} bytes")
+    flat = [number for size, *strides in dimensions for number in (size, *(stride // itemsize for stride in strides))]
+    return tuple(flat) or (1, 0, 0, 0)
+
+
+def launch_bounds(launch: Launch) -> int | None:
+    """Return the threads that a kernel must leave registers for; None where it does of itself."""
+    # Asked of strips, ptxas for sm_80 would rather spill at 64 registers than take the 104 that are there for it.
+    return MOST_THREADS if launch.block == (MOST_THREADS, 1) else None
+
+
+def current_device() -> int:
+    """Return the number of the device that arrays from main memory go to."""
+    return int(cuda.get_current_device().id)
+
+
+def upload(array: Any) -> Any:
+    """Return a copy of an array on the current device; ``copy_to_host`` of that brings it back."""
+    return cuda.to_device(array)
+
+
+class CudaError(RuntimeError):
+    """The driver refused."""
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    code, *values = result
+    if code:
+        _, name = driver.cuGetErrorName(code)
+        raise CudaError(name.decode() if name else str(code))
+    return values[0] if values else None
+
+
+@cache
+def device_facts(device: int) -> Device:
+    """Ask a card what plans depend on."""
+    attribute = driver.CUdevice_attribute
+    wanted = (
+        attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        attribute.CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR,
+        attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE,
+    )
+    handle = _checked(driver.cuDeviceGet(device))
+    return Device(*(int(_checked(driver.cuDeviceGetAttribute(one, handle))) for one in wanted))
+
+
+class Prepared:
+    """Launches compiled for one device, with the buffers that the driver reads their arguments from.
+
+    Parameters
+    ----------
+    launches : tuple of Launch
+        Run one after the other.
+    n_states : int
+        States of chunks that they need room for.
+    real_bytes : int
+        Bytes of each number of a state.
+    device : int
+        The number of the device.
+    """
+
+    def __init__(self, launches: tuple[Launch, ...], n_states: int, real_bytes: int, device: int) -> None:
+        self._device, self._state_bytes, self._lock = device, n_states * real_bytes, Lock()
+        with cuda.gpus[device]:
+            self._bound = [_Bound(launch) for launch in launches]
+
+    def run(self, addresses: Mapping[str, int], stream: int) -> None:
+        """Queue the launches on a stream; ``addresses`` are those of x, y and g."""
+        error, current = driver.cuCtxGetDevice()
+        if error or int(current) != self._device:
+            with cuda.gpus[self._device]:
+                self._launch(addresses, stream)
+        else:
+            self._launch(addresses, stream)
+
+    def _launch(self, addresses: Mapping[str, int], stream: int) -> None:
+        if not self._state_bytes:
+            with self._lock:
+                for bound in self._bound:
+                    bound.launch(addresses, stream)
+            return
+        # Allocated and freed in the order of the stream: another call may have the memory when this one is through.
+        maxima = int(_checked(driver.cuMemAllocAsync(2 * self._state_bytes, stream)))
+        try:
+            with self._lock:
+                for bound in self._bound:
+                    bound.launch({**addresses, "maxima": maxima, "sums": maxima + self._state_bytes}, stream)
+        finally:
+            _checked(driver.cuMemFreeAsync(maxima, stream))
+
+
+class _Bound:
+    """One compiled kernel and its arguments, each of which is eight bytes."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._function = driver.CUfunction(int(_compiled(launch.make(), launch.signature, launch_bounds(launch))))
+        flat: list[Any] = []
+        for argument in launch.arguments:
+            flat += argument if isinstance(argument, tuple) else (argument,)
+        self._names = [(place, name) for place, name in enumerate(flat) if isinstance(name, str)]
+        self._values = (ctypes.c_int64 * len(flat))(*(0 if isinstance(value, str) else value for value in flat))
+        base = ctypes.addressof(self._values)
+        self._pointers = (ctypes.c_void_p * len(flat))(*(base + 8 * place for place in range(len(flat))))
+        self._parameters = ctypes.addressof(self._pointers)
+        self._grid, self._block = launch.grid, launch.block
+
+    def launch(self, addresses: Mapping[str, int], stream: int) -> None:
+        for place, name in self._names:
+            self._values[place] = addresses[name]
+        width, height = self._block
+        _checked(
+            driver.cuLaunchKernel(self._function, self._grid, 1, 1, width, height, 1, 0, stream, self._parameters, 0)
+        )
+
+
+def prepare(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, address: int, device: int) -> Prepared:
+    """Prepare the launches of a plan for an input at this address, or any other with the same alignment."""
+    n_states = layout.n_rows * plan.n_chunks if plan.traversal == "split" else 0
+    steps = launches(kernel, format, layout, plan, address % VECTOR_BYTES)
+    return Prepared(steps, n_states, np.dtype(format.real).itemsize, device)
+
+
+_kernel_handles: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+
+def _compiled(kernel: Any, signature: Any, bounds: int | None) -> Any:
+    """Return the handle of a kernel compiled for the current device."""
+    key = kernel, signature, bounds, cuda.get_current_device().id
+    if key not in _kernel_handles:
+        compiled = cuda.jit(signature, launch_bounds=bounds)(kernel)
+        (overload,) = compiled.overloads.values()
+        function = overload.library.get_cufunc()
+        _kernel_handles[key] = compiled, function  # which the handle lives no longer than
+    return _kernel_handles[key][1].handle

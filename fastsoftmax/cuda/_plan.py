@@ -1,0 +1,179 @@
+"""Which kernel serves a call on the GPU, and in what shape: a plain value, chosen from sizes before a launch.
+
+The floor is one reading and one writing of device memory. A row that its lanes hold in registers is at it; so is one
+whose rest is read again from the L2 cache. Of longer rows the second reading is from memory, unless they end there.
+No threshold here was measured on a card yet: they are counts of bytes, registers and lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fastsoftmax._layout import Dimension, Layout
+
+Traversal = Literal["rows", "split", "strips"]
+
+VECTOR_BYTES = 16
+
+# Vectors that a lane holds before more lanes are taken: 64 bytes on their way per lane keep the memory busy. Rows that
+# need more than 512 lanes have lanes hold more, up to what fits in 128 registers, all that 512 lanes have; where there
+# is a rest to be read, and in float64, that is less.
+HELD, MOST_HELD, MOST_THREADS = 4, 8, 512
+MOST_HELD_OF_MORE = 6
+
+# Threads of a block of rows that need a warp or less.
+ROWS_THREADS = 128
+
+# Vectors that a lane reads before it computes with the first of them, of what it does not hold.
+IN_FLIGHT = 4
+
+# A chunk is a multiple of what the threads of its block read at once. A row has no more chunks than its blocks can
+# merge in a few steps each.
+CHUNK_THREADS, MOST_CHUNKS = 256, 1024
+
+# A strip is no narrower than a sector, the unit in which memory is read.
+STRIP_THREADS, SECTOR_BYTES = 512, 32
+
+# Of the L2 cache, for what is to be read again; the rest is for what is written meanwhile.
+CACHE_SHARE = 0.7
+
+
+class Device(NamedTuple):
+    """What a plan depends on: multiprocessors, the threads one can have, and bytes of L2 cache."""
+
+    n_multiprocessors: int
+    threads_per_multiprocessor: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """How one call is spread over the GPU.
+
+    Parameters
+    ----------
+    traversal : {"rows", "split", "strips"}
+        ``rows``: each row by the lanes of one block or of a part of it. ``split``: each row by many blocks, in two
+        launches. ``strips``: adjacent rows side by side, for a reduced axis that is not the last.
+    vector : int
+        Elements that a lane reads at once: 16 bytes' worth, or 1 where memory lies otherwise.
+    threads_per_row, rows_per_block : int
+        Who shares a row. In strips, the rows of a block are those of its strip.
+    held : int
+        Vectors of a row that a lane keeps in registers.
+    has_rest : bool
+        Whether rows are longer than what is held; all else is read twice.
+    n_chunks, chunk : int
+        Into how many chunks a row is split, and the elements of one.
+    """
+
+    traversal: Traversal
+    vector: int
+    threads_per_row: int
+    rows_per_block: int
+    held: int = 0
+    has_rest: bool = False
+    n_chunks: int = 1
+    chunk: int = 0
+
+    @property
+    def elements_per_thread(self) -> int:
+        """Elements of a row that a lane keeps in registers."""
+        return self.held * self.vector
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Threads of a block."""
+        if self.traversal == "strips":
+            return self.rows_per_block // self.vector, self.threads_per_row
+        return self.threads_per_row * self.rows_per_block, 1
+
+
+def choose(layout: Layout, phases: tuple[int, ...], device: Device, n_inputs: int = 1) -> LaunchPlan:
+    """Choose the plan for a layout.
+
+    Parameters
+    ----------
+    layout : Layout
+        Where the rows lie; ``b`` is the second input, if there is one.
+    phases : tuple of int
+        The address modulo 16 of the input, then that of the output and of the second input as far as they are as large
+        as the input; what has one element for each row is read and written by itself.
+    device : Device
+        The card.
+    n_inputs : int
+        Inputs of the same size that lanes hold. Two are only ever read by rows.
+    """
+    strip = n_inputs == 1 and _has_strips(layout, len(phases))
+    vector = VECTOR_BYTES // layout.itemsize if _is_vectorized(layout, phases, strip) else 1
+    if strip:
+        return _strips(layout, vector, device)
+    n_vectors = -(-(layout.n_cols + (vector - 1 if _has_phase(layout, phases) else 0)) // vector)
+    held, most_held = HELD // n_inputs, (MOST_HELD_OF_MORE if layout.itemsize == 8 else MOST_HELD) // n_inputs
+    if n_vectors > MOST_THREADS * most_held:
+        held = MOST_HELD_OF_MORE // n_inputs
+        rest_bytes = (n_vectors - MOST_THREADS * held) * vector * layout.itemsize
+        is_cached = rest_bytes * device.n_multiprocessors <= CACHE_SHARE * device.l2_bytes
+        if n_inputs == 1 and (2 * layout.n_rows < device.n_multiprocessors or not is_cached):
+            return _split(n_vectors, vector)
+        return LaunchPlan("rows", vector, MOST_THREADS, 1, held, has_rest=True)
+    threads = 1
+    while threads < 32 and n_vectors > threads * held:
+        threads *= 2
+    if n_vectors <= threads * held:
+        return LaunchPlan("rows", vector, threads, ROWS_THREADS // threads, -(-n_vectors // threads))
+    held = held if n_vectors <= MOST_THREADS * held else most_held
+    return LaunchPlan("rows", vector, -(-n_vectors // (32 * held)) * 32, 1, held)
+
+
+def _strides(dimension: Dimension, n_arrays: int) -> tuple[int, ...]:
+    return (dimension.x_stride, dimension.y_stride, dimension.b_stride)[:n_arrays]
+
+
+def _has_strips(layout: Layout, n_arrays: int) -> bool:
+    """Whether neighbouring rows lie side by side in every array that is as large as the input."""
+    if len(layout.reduced) > 1 or not layout.kept or layout.has_contiguous_rows:
+        return False
+    return set(_strides(layout.kept[-1], n_arrays)) == {layout.itemsize}
+
+
+def _is_vectorized(layout: Layout, phases: tuple[int, ...], strip: bool) -> bool:
+    """Whether every row, or every strip, lies on 16-byte boundaries in all arrays alike."""
+    row = layout.reduced[-1]
+    if len(set(phases)) > 1 or len(layout.reduced) > 1:
+        return False
+    if strip:  # the rows of a strip share their vectors: no step may shift them
+        steps = (*layout.kept[:-1], row)
+        return all(stride % VECTOR_BYTES == 0 for step in steps for stride in _strides(step, len(phases)))
+    if set(_strides(row, len(phases))) != {layout.itemsize}:
+        return False
+    return all(len({stride % VECTOR_BYTES for stride in _strides(step, len(phases))}) == 1 for step in layout.kept)
+
+
+def _has_phase(layout: Layout, phases: tuple[int, ...]) -> bool:
+    return any(phases) or any(dimension.x_stride % VECTOR_BYTES for dimension in layout.kept)
+
+
+def _split(n_vectors: int, vector: int) -> LaunchPlan:
+    unit = CHUNK_THREADS * IN_FLIGHT  # vectors that a block reads at once
+    chunk = unit * -(-n_vectors // (unit * MOST_CHUNKS))
+    return LaunchPlan("split", vector, CHUNK_THREADS, 1, n_chunks=-(-n_vectors // chunk), chunk=chunk * vector)
+
+
+def _strips(layout: Layout, vector: int, device: Device) -> LaunchPlan:
+    lane_bytes = vector * layout.itemsize
+    layers = min(_power_of_two(-(-layout.n_cols // IN_FLIGHT)), STRIP_THREADS)
+    lanes = min(_power_of_two(-(-layout.kept[-1].size // vector) + (vector > 1)), 32)
+    n_blocks = device.n_multiprocessors * device.threads_per_multiprocessor // STRIP_THREADS
+    while lanes * lane_bytes > SECTOR_BYTES and (
+        lanes * lane_bytes * layout.n_cols * n_blocks > CACHE_SHARE * device.l2_bytes
+        and layers > STRIP_THREADS // lanes
+    ):
+        lanes //= 2
+    return LaunchPlan("strips", vector, min(layers, STRIP_THREADS // lanes), lanes * vector)
+
+
+def _power_of_two(size: int) -> int:
+    """Return the smallest power of two that is no smaller."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -1,0 +1,208 @@
+"""What Numba's CUDA simulator lacks: shuffles, the instructions of `fastsoftmax.cuda._instructions`, and pointers.
+
+Import it, with ``NUMBA_ENABLE_CUDASIM=1`` in the environment, before the kernels. Device memory is NumPy arrays that
+`allocate` made; a pointer refuses what is not in one of them, and a vector that is not on a 16-byte boundary.
+"""
+
+import threading
+from bisect import bisect_right
+from contextlib import nullcontext
+
+import ml_dtypes
+import numpy as np
+from numba import cuda
+from numba.core import config
+from numpy.lib.stride_tricks import as_strided
+
+from fastsoftmax.cuda import _arrays, _instructions, _launch
+from fastsoftmax.cuda._arrays import View
+from fastsoftmax.cuda._plan import Device
+
+assert config.ENABLE_CUDASIM
+
+BOUNDARY = 256
+_allocations = {}  # by address
+
+
+def allocate(n_bytes):
+    """Return bytes that begin at a boundary as those of a GPU do, poisoned."""
+    room = np.full(n_bytes + BOUNDARY, 0xA5, np.uint8)
+    start = -room.ctypes.data % BOUNDARY
+    memory = room[start : start + n_bytes]
+    _allocations[memory.ctypes.data] = memory
+    return memory
+
+
+def free(memory):
+    del _allocations[memory.ctypes.data]
+
+
+class Pointer:
+    """The address of an element of a dtype."""
+
+    def __init__(self, address, dtype):
+        base = sorted(_allocations)[bisect_right(sorted(_allocations), address) - 1]
+        memory = _allocations[base]
+        self.dtype = np.dtype(dtype)
+        self.origin, rest = divmod(address - base, self.dtype.itemsize)
+        assert rest == 0 and address - base <= memory.nbytes
+        self.elements = memory[: memory.nbytes // self.dtype.itemsize * self.dtype.itemsize].view(dtype)
+
+    def place(self, index, length=1):
+        place = self.origin + int(index)
+        assert place >= 0 and place + length <= self.elements.size, f"{index} is outside of the allocation"
+        return place
+
+    def __getitem__(self, index):
+        return self.elements[self.place(index)]
+
+    def __setitem__(self, index, value):
+        self.elements[self.place(index)] = value
+
+    def vector(self, index, word):
+        length = 16 // self.dtype.itemsize
+        place = self.place(index, length)
+        assert place % length == 0, f"{index} is not on a 16-byte boundary"
+        return self.elements[place : place + length].view(word)
+
+
+def exchange(value, mask):
+    thread = threading.current_thread()
+    values = thread._manager.__dict__.setdefault("exchanged", {})
+    thread.syncthreads()
+    values[thread.thread_id] = value
+    thread.syncthreads()
+    return values[thread.thread_id ^ mask]
+
+
+def load_vector(pointer, index, words, position):
+    vector = pointer.vector(index, words.dtype)
+    for number, word in enumerate(vector):
+        words[position + number] = word
+
+
+def store_vector(pointer, index, words, position):
+    vector = pointer.vector(index, words.dtype)
+    for number in range(vector.size):
+        vector[number] = words[position + number]
+
+
+def _pack(dtype):
+    def pack(low, high):
+        return np.array([low, high], np.float32).astype(dtype).view(np.uint32)[0]
+
+    return pack
+
+
+_instructions.ex2, _instructions.log1p = np.exp2, np.log1p
+_instructions.larger32 = _instructions.larger64 = np.maximum
+_instructions.float16_value = lambda bits: np.float32(bits.view(np.float16))
+_instructions.pack_float16, _instructions.pack_bfloat16 = _pack(np.float16), _pack(ml_dtypes.bfloat16)
+_instructions.exchange = exchange
+_instructions.load_vector, _instructions.store_vector = load_vector, store_vector
+
+
+class Prepared:
+    """Takes the place of `fastsoftmax.cuda._launch.Prepared`."""
+
+    def __init__(self, launches, n_states, real_bytes, device):
+        self.launches, self.state_bytes = launches, n_states * real_bytes
+
+    def run(self, addresses, stream):
+        states = allocate(2 * self.state_bytes)
+        start = states.ctypes.data
+        addresses = {**addresses, "maxima": start, "sums": start + self.state_bytes}
+        for launch in self.launches:
+            arguments = [
+                Pointer(addresses[argument], _dtype(type)) if isinstance(argument, str) else argument
+                for argument, type in zip(launch.arguments, launch.signature.args, strict=True)
+            ]
+            cuda.jit(launch.make())[launch.grid, launch.block](*arguments)
+        free(states)
+
+
+def _dtype(pointer):
+    return np.dtype(str(pointer.dtype))
+
+
+_launch.Prepared = Prepared
+
+
+class Array:
+    """An array in simulated device memory, as a library of its own would have it."""
+
+    def __init__(self, elements):
+        self.elements = elements
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AssertionError("the library is asked first")
+
+    @property
+    def shape(self):
+        return self.elements.shape
+
+    def __setitem__(self, key, value):
+        self.elements[key] = value.elements if isinstance(value, Array) else value
+
+
+class Library:
+    """Takes the place of Torch and its like in `fastsoftmax.cuda._arrays`."""
+
+    def view(self, x):
+        elements = x.elements
+        return View(elements.ctypes.data, x.shape, elements.strides, elements.dtype.name, elements.itemsize)
+
+    def address(self, x):
+        return x.elements.ctypes.data
+
+    def form(self, x):
+        return x.elements.shape, x.elements.strides, x.elements.dtype.name
+
+    def device(self, x):
+        return 0
+
+    def stream(self, x):
+        return 0
+
+    def on_device_of(self, x):
+        return nullcontext()
+
+    def empty(self, x, shape, offset=0):
+        elements = x.elements
+        order = np.empty_like(elements) if shape is None else np.empty(shape, elements.dtype)
+        memory = allocate(order.nbytes + offset * elements.itemsize).view(elements.dtype)[offset:]
+        return Array(as_strided(memory, order.shape, order.strides))
+
+
+_arrays._LIBRARIES[__name__] = Library()
+# A small card, so that small arrays have the plans of large ones.
+_launch.device_facts = lambda device: Device(n_multiprocessors=4, threads_per_multiprocessor=1024, l2_bytes=1 << 20)
+_launch.current_device = lambda: 0
+
+
+class Upload:
+    """What is asked of an array that Numba copied to the device."""
+
+    def __init__(self, array):
+        self.elements = allocate(array.nbytes).view(array.dtype).reshape(array.shape)
+        self.elements[...] = array
+        self.__cuda_array_interface__ = {"data": (self.elements.ctypes.data, False)}
+
+    def copy_to_host(self):
+        return self.elements.copy()
+
+
+_launch.upload = Upload
+
+
+def to_device(array, offset):
+    """Return an array in device memory with the elements and strides of one in main memory, so many elements on."""
+    memory = allocate((array.size + offset) * array.itemsize).view(array.dtype)[offset:]
+    elements = as_strided(memory, array.shape, np.empty_like(array).strides)
+    elements[...] = array
+    return Array(elements)
+
+
+def to_host(array):
+    return array.elements
