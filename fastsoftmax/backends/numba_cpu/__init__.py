@@ -1,7 +1,6 @@
 """The Numba backend on the CPU: for machines where the compiled extension cannot be built.
 
-It computes as the compiled kernels do, and on a processor of the same tier to the same bits: see docs/method.md. Its
-parts: `registers` lets Numba compute with vectors, `terms` has the exponentials, `rows` and `tiles` the traversals,
+It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors, `terms` has the exponentials, `rows` and `tiles` the traversals,
 `weighted` sums with factors. The states of parts of a row merge by the functions of `fastsoftmax._state`.
 """
 
