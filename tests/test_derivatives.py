@@ -335,6 +335,8 @@ def test_the_traversal(backend, vjp, dtype, rng, shape, axis, traversal):
     x, g = operands(vjp, rng, shape, axis, dtype)
     with fastsoftmax.record_plans() as plans:
         VJPS[vjp](x, g, axis)
+    if backend.name == "numba" and traversal == "rows" and vjp != "logsumexp":
+        traversal = "gather"  # its kernel copies rows of any strides
     assert plans[0].schedule.traversal == (traversal if backend.has_kernels else "array")
 
 
