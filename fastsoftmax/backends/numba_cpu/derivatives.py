@@ -58,9 +58,10 @@ def _read(x, at, reduced, n_reduced, columns, width, first, n, y):
     if columns == 1:
         collect(x, at, reduced, n_reduced, first, n, y, 0)
         return
+    step = reduced[X]
     for i in range(n):
         for j in range(width):
-            y[i * width + j] = x[at + (first + i) * reduced[X] + j]
+            y[i * width + j] = x[at + (first + i) * step + j]
 
 
 @jit
@@ -68,9 +69,10 @@ def _write(x, y, at, reduced, n_reduced, columns, width, first, n):
     if columns == 1:
         distribute(x, 0, y, at, reduced, n_reduced, first, n)
         return
+    step = reduced[Y]
     for i in range(n):
         for j in range(width):
-            y[at + (first + i) * reduced[Y] + j] = x[i * width + j]
+            y[at + (first + i) * step + j] = x[i * width + j]
 
 
 @jit_entry
@@ -143,9 +145,10 @@ def scale_rows(like, columns, g_address, y_address, tables, n_kept, n_reduced, n
                     p = y[start + i * step]
                     y[start + i * step] = p * factor if p != 0.0 else p
                 continue
-            g_at = offset_of(run, g_kept, n_outer, X) + column * g_kept[n_outer * COLUMNS + X]
+            g_step = g_kept[n_outer * COLUMNS + X]
+            g_at = offset_of(run, g_kept, n_outer, X) + column * g_step
             for i in range(inner):
                 for j in range(width):
                     p = y[start + i * step + j]
-                    y[start + i * step + j] = p * g[g_at + j * g_kept[n_outer * COLUMNS + X]] if p != 0.0 else p
+                    y[start + i * step + j] = p * g[g_at + j * g_step] if p != 0.0 else p
         strip += 1
