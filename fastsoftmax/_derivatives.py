@@ -269,7 +269,9 @@ def _vjp(
         expanded = gradient if keepdims or values.ndim == 0 else np.expand_dims(gradient, axes)
         gradient = np.broadcast_to(expanded, values.shape)
     overlapping = [array for array in (data, gradient) if out is not None and np.may_share_memory(array, out)]
-    in_place = [array for array in overlapping if out is not None and _is_same_view(array, out)]
+    # The probabilities that logsumexp's gradient multiplies may be written before it is read.
+    replaceable = (data,) if function == "logsumexp_vjp" else (data, gradient)
+    in_place = [array for array in replaceable if out is not None and _is_same_view(array, out)]
     if out is not None and _is_writable_as(out, working) and len(in_place) == len(overlapping):
         target = out
     else:

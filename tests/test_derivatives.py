@@ -302,6 +302,8 @@ def test_out_holds_the_gradient_of_logsumexp(backend, dtype, rng):
     a, memory = rng.normal(size=(4, 50)).astype(dtype), rng.normal(size=(4, 50)).astype(dtype)
     plain = logsumexp_vjp(a, memory[:, 49].copy(), 1)
     np.testing.assert_array_equal(logsumexp_vjp(a, memory[:, 49], 1, out=memory), plain)
+    plain = logsumexp_vjp(a, memory, ())
+    np.testing.assert_array_equal(logsumexp_vjp(a, memory, (), out=memory), plain)
 
 
 def test_keepdims(backend, dtype, rng):
@@ -335,6 +337,8 @@ def test_the_traversal(backend, vjp, dtype, rng, shape, axis, traversal):
     x, g = operands(vjp, rng, shape, axis, dtype)
     with fastsoftmax.record_plans() as plans:
         VJPS[vjp](x, g, axis)
+    if backend.name == "numba" and traversal == "rows" and vjp != "logsumexp":
+        traversal = "gather"  # its kernel copies rows of any strides
     assert plans[0].schedule.traversal == (traversal if backend.has_kernels else "array")
 
 

@@ -1,12 +1,15 @@
 """The Numba backend on the CPU: for machines where the compiled extension cannot be built.
 
-It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors, `terms` has the exponentials, `rows` and `tiles` the traversals,
-`weighted` sums with factors. The states of parts of a row merge by the functions of `fastsoftmax._state`.
+It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors,
+`terms` has the exponentials, `rows` and `tiles` the traversals. The others are loops over scalars, computed in float64
+with the functions of `scalars`: `weighted` for sums with factors, `derivatives` for vector-Jacobian products, and
+`cross_entropy`. The states of parts of a row merge by the functions of `fastsoftmax._state`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,12 +21,12 @@ except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
 from fastsoftmax import _schedule
-from fastsoftmax._dispatch import Factors, Function, Plan
+from fastsoftmax._dispatch import CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
 
-from . import rows, tiles
+from . import cross_entropy, derivatives, rows, tiles
 from .weighted import BYTES_OF_WEIGHTED, run_weighted
 
 READS: frozenset[str] = frozenset()
@@ -60,16 +63,21 @@ def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
 @lru_cache(maxsize=1024)
 def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: int) -> Plan:
     """Choose the traversal from the strides, and from the sizes where the exponentials wait for their sum."""
+    if function == "logsumexp_vjp":  # a softmax, whose rows are then multiplied
+        return replace(_make_plan("softmax", layout, in_place, max_threads), function=function)
     n_bytes = layout.size * layout.itemsize
     row_bytes = layout.n_cols * layout.itemsize
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
     # Input and output together leave the last cache: what is written will not be read from there.
-    streaming = function != "logsumexp" and 2 * n_bytes > cache_sizes().last_level
+    streaming = function in ("softmax", "log_softmax") and 2 * n_bytes > cache_sizes().last_level
     short = layout.n_cols <= MAX_TILE_COLS[layout.itemsize] and layout.n_rows >= MIN_TILE_ROWS
     traversal: Traversal = "gather"
     n_units = layout.n_rows
-    if function == "weighted_logsumexp":
-        streaming = False
+    if function in VJPS:
+        if layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
+            traversal, n_units = "strips", _count_strips(layout)
+    elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
+        pass
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal, streaming = "tiles", False
     elif layout.has_contiguous_rows:
@@ -130,7 +138,9 @@ def _prepare(plan: Plan, layout: Layout) -> _Call:
 
 
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
-    if factors is not None:
+    if factors is not None and plan.function in VJPS:
+        _run_vjp(plan, layout, x, factors.b, out)
+    elif factors is not None:
         _run_weighted(plan.schedule, layout, x, out, factors)
     elif plan.schedule.traversal == "split":
         _run_split(plan, layout, x, out)
@@ -176,16 +186,63 @@ def _run_split_row(plan: Plan, layout: Layout, x: int, y: int, terms: int, store
 
 
 def _run_weighted(schedule: Schedule, layout: Layout, x: Array, out: Array, factors: Factors) -> None:
-    of_factors = tuple(d._replace(x_stride=d.b_stride) for d in layout.kept + layout.reduced)
-    tables = _tables(layout.kept + layout.reduced + of_factors, layout.itemsize)
-    addresses = [0 if array is None else array.ctypes.data for array in (x, factors.b, out, factors.sign)]
-    arguments = (*addresses, tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols)
+    _memory, sizes = _prepare_with_factors(layout)
+    addresses = map(_address, (x, factors.b, out, factors.sign))
+    arguments = (_LIKE[layout.itemsize], *addresses, *sizes)
 
     def run_units(first: int, end: int) -> None:
         _memory, scratch = _scratch(BYTES_OF_WEIGHTED)
-        run_weighted(_LIKE[layout.itemsize], *arguments, first, end, scratch)
+        run_weighted(*arguments, first, end, scratch)
 
     _in_blocks(run_units, layout.n_rows, schedule)
+
+
+def _run_vjp(plan: Plan, layout: Layout, x: Array, g: Array, out: Array) -> None:
+    schedule, like = plan.schedule, _LIKE[layout.itemsize]
+    _memory, sizes = _prepare_with_factors(layout)
+    columns, n_units = 1, layout.n_rows
+    if schedule.traversal == "strips":
+        columns, n_units = tiles.STRIP_BYTES // layout.itemsize, _count_strips(layout)
+    addresses = tuple(map(_address, (x, g, out)))
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(derivatives.BYTES_OF_VJP)
+        of_softmax = plan.function == "softmax_vjp"
+        derivatives.run_vjp(like, of_softmax, columns, *addresses, *sizes, first, end, scratch)
+
+    def scale_units(first: int, end: int) -> None:
+        derivatives.scale_rows(like, columns, *addresses[1:], *sizes, first, end)
+
+    if plan.function == "logsumexp_vjp":
+        run(replace(plan, function="softmax"), layout, x, out, None)
+    _in_blocks(scale_units if plan.function == "logsumexp_vjp" else run_units, n_units, schedule)
+
+
+def run_cross_entropy(
+    plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
+) -> None:
+    _memory, sizes = _prepare_with_factors(layout)
+    spread = None if terms.spread is None else terms.spread.astype(np.float64)
+    addresses = map(_address, (x, gradient, losses, terms.probabilities, terms.labels, terms.weights, spread))
+    numbers = (terms.smoothing, terms.scale, terms.z_scale, terms.softcap)
+    arguments = (_LIKE[layout.itemsize], *addresses, *sizes, *numbers)
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(cross_entropy.bytes_of_cross_entropy(layout.n_cols))
+        cross_entropy.run_cross_entropy(*arguments, first, end, scratch)
+
+    _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
+def _address(array: Array | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def _prepare_with_factors(layout: Layout) -> tuple[Array, tuple[int, ...]]:
+    """The tables of the input and of the factors, as an array to be kept alive, and what kernels take of them."""
+    of_factors = tuple(d._replace(x_stride=d.b_stride) for d in layout.kept + layout.reduced)
+    tables = _tables(layout.kept + layout.reduced + of_factors, layout.itemsize)
+    return tables, (tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols)
 
 
 def _in_blocks(run_units: Callable[[int, int], None], n_units: int, schedule: Schedule) -> None:

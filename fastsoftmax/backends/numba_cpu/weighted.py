@@ -15,18 +15,13 @@ from fastsoftmax._state import FLOAT64
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, X, Y, collect, offset_of
+from .scalars import power_of_two
 
 CHUNK = 4096
 BYTES_OF_WEIGHTED = 2 * CHUNK * 8
 
 # Running sums of a row.
 _LANES = 16
-
-
-@inline
-def _power_of_two(shifted):
-    """2**n, where the lowest bits of ``shifted`` are n plus the exponent bias."""
-    return np.int64(np.float64(shifted).view(np.int64) << np.int64(52)).view(np.float64)
 
 
 @inline
@@ -83,7 +78,7 @@ def _store_products(a, b, n, offset, exponent):
         difference, error = _state.two_sum(a[j], -offset)
         t = max(difference, floor)
         p, low, shifted_k = _state.split(t, FLOAT64)
-        power = _power_of_two(shifted_k + (b_exponent + (1023.0 - exponent)))
+        power = power_of_two(shifted_k + (b_exponent + (1023.0 - exponent)))
         p, low = p * power, low * power
         term = p * significand
         residue = _state.product_error(p, significand, term) + (low + p * error) * significand

@@ -1,0 +1,54 @@
+"""Exponentials and sums on scalars of float64, for loops that LLVM vectorises."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastsoftmax import _state
+from fastsoftmax._state import FLOAT64
+
+from .jit import inline, jit
+
+
+@inline
+def power_of_two(shifted):
+    """2**n, where the lowest bits of ``shifted`` are n plus the exponent bias."""
+    return np.int64(np.float64(shifted).view(np.int64) << np.int64(52)).view(np.float64)
+
+
+@inline
+def exp(t, error):
+    """exp(t + error), where the error is what rounding took from t, for t below 640."""
+    p, low, shifted_k = _state.split(max(t, -746.0), FLOAT64)  # in this order a NaN stays
+    # By way of a larger power of two, so that only the last step rounds what is subnormal.
+    return (p + (low + p * error)) * power_of_two(shifted_k + (1023.0 + 100.0)) * 2.0**-100
+
+
+@jit
+def add_products(a, b, n, lanes, sums, rests):
+    """Add n products to running sums, every ``lanes``-th to the same one; those with an `a` of 0 are 0, whatever b."""
+    for first in range(0, n, lanes):
+        for j in range(min(lanes, n - first)):
+            value = 0.0 if a[first + j] == 0.0 else b[first + j]
+            product = a[first + j] * value
+            sums[j], error = _state.two_sum(sums[j], product)
+            rests[j] += error + _state.product_error(a[first + j], value, product)
+
+
+@jit
+def add_numbers(a, n, lanes, sums, rests):
+    """Add n numbers to running sums, every ``lanes``-th to the same one."""
+    for first in range(0, n, lanes):
+        for j in range(min(lanes, n - first)):
+            sums[j], error = _state.two_sum(sums[j], a[first + j])
+            rests[j] += error
+
+
+@jit
+def total_of(sums, rests, lanes):
+    """The sum of running sums, in two parts."""
+    total = rest = 0.0
+    for j in range(lanes):
+        total, error = _state.two_sum(total, sums[j])
+        rest += error + rests[j]
+    return total, rest
