@@ -317,6 +317,8 @@ def _numbers(value: ArrayLike, name: str) -> Array:
     """Return ``value`` as an array of numbers, or raise a TypeError that names the argument."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; fill what is masked first: {name}.filled(-inf) leaves it out")
+    if not isinstance(value, np.ndarray) and is_on_gpu(value):
+        raise TypeError(f"{name} is on a CUDA device, where this is not computed with it: copy it to main memory first")
     array = np.asarray(value)
     is_float = (array.dtype.kind == "f" and array.dtype.itemsize > 1) or array.dtype.name == "bfloat16"  # no float8
     if not is_float and array.dtype.kind not in "iubc":
