@@ -291,6 +291,8 @@ cdef inline void write_elements(
     while (i + GROUP) * width <= n:
         for j in range(GROUP):
             v[j] = load(source + i + j)
+            if kind == EXP_SCALE:  # (10000000,) float32 take 3.2 ms instead of 4.2
+                prefetch(at(source, (i + j) * width + PREFETCHED_BYTES // itemsize(source)))
         finish(v, GROUP, kind, reference, finishers, has_ties)
         for j in range(GROUP):
             if streaming:
