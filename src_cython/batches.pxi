@@ -77,13 +77,13 @@ cdef inline void normalize_rows(
 
 
 cdef inline void find_batch_references(
-    const vec** x, int n_rows, Py_ssize_t n, vec* references, vec* largest
+    const vec** x, int n_rows, Py_ssize_t n, vec* references, vec* largest, vec* smallest
 ) noexcept nogil:
-    """The maxima and references of the rows, a row in each lane."""
+    """The maxima and references of the rows, a row in each lane, and the minima of the lanes of each row."""
     cdef vec[MAX_LANES] tops
     cdef int row, distance = lanes(<const vec*>largest) // 2
     for row in range(2 * distance):
-        tops[row] = lane_maxima(x[row], n) if row < n_rows else splat(0.0, largest)
+        tops[row] = lane_extremes(x[row], n, smallest + row) if row < n_rows else splat(0.0, largest)
     transpose(tops)
     while distance:
         for row in range(distance):
@@ -94,18 +94,19 @@ cdef inline void find_batch_references(
 
 
 cdef inline void fold_batch(
-    const vec** x, vec** terms, int n_rows, Py_ssize_t n, bint keep, bint apart, const vec* references, vec largest,
-    vec* high, vec* low
+    const vec** x, vec** terms, int n_rows, Py_ssize_t n, bint keep, bint apart, const vec* smallest,
+    const vec* references, vec largest, vec* high, vec* low
 ) noexcept nogil:
     """The sums of the rows, a row in each lane; with `keep`, their terms too."""
     cdef vec enough, high_apart, low_apart
     cdef int row
-    sum_batch(x, terms, n_rows, n, keep, False, references, largest, high, low)
+    sum_batch(x, terms, n_rows, n, keep, False, smallest, references, largest, high, low)
     if apart:
         enough = without_top(largest, n, references, high, low)
         enough = load_first(&enough, n_rows, splat(-INFINITY, references))
         if any_greater(enough, high[0]):
-            sum_batch(x, terms, n_rows, n, False, True, references, largest, &high_apart, &low_apart)
+            sum_batch(
+                x, terms, n_rows, n, False, True, smallest, references, largest, &high_apart, &low_apart)
             low[0] = where_at_most(enough, high[0], low[0], low_apart)
             high[0] = where_at_most(enough, high[0], high[0], high_apart)
     if has_infinite_lane(largest):
@@ -115,8 +116,8 @@ cdef inline void fold_batch(
 
 
 cdef inline void sum_batch(
-    const vec** x, vec** terms, int n_rows, Py_ssize_t n, bint keep, bint apart, const vec* references, vec largest,
-    vec* high, vec* low
+    const vec** x, vec** terms, int n_rows, Py_ssize_t n, bint keep, bint apart, const vec* smallest,
+    const vec* references, vec largest, vec* high, vec* low
 ) noexcept nogil:
     cdef vec[MAX_LANES] tops, highs, lows
     cdef vec[REFERENCE] reference
@@ -125,7 +126,8 @@ cdef inline void sum_batch(
         tops[row] = highs[row] = lows[row] = splat(0.0, references)
     for row in range(n_rows):
         reference_of(references, row, reference)
-        fold_specialized(x[row], terms[row], n, keep, apart, reference, &tops[row], &highs[row], &lows[row])
+        fold_specialized(
+            x[row], terms[row], n, keep, apart, smallest[row], reference, &tops[row], &highs[row], &lows[row])
     transpose(highs)
     transpose(lows)
     if apart:
@@ -226,11 +228,12 @@ cdef void run_rows(
     """Run rows of n elements, at most a register's lanes and a chunk; terms wait in `terms`, if they wait."""
     cdef vec[REFERENCE] references
     cdef vec[FINISHERS] finishers
+    cdef vec[MAX_LANES] smallest
     cdef vec largest, high, low, log_high, log_low
     cdef bint keep = function == SOFTMAX and exponentials != RECOMPUTE
     cdef int row
-    find_batch_references(x, n_rows, n, references, &largest)
-    fold_batch(x, terms, n_rows, n, keep, function != SOFTMAX, references, largest, &high, &low)
+    find_batch_references(x, n_rows, n, references, &largest, smallest)
+    fold_batch(x, terms, n_rows, n, keep, function != SOFTMAX, <const vec*>smallest, references, largest, &high, &low)
     if function == SOFTMAX:
         normalize_rows(largest, high, low, references, finishers)
         if keep:

@@ -20,7 +20,7 @@ cdef enum:
     # 512: the log-probabilities of a chunk with one large element and many of a millionth were 8 ULP off, and are 1.2.
     RUN = 64
     ALIGNED = 16  # from so many registers on, passes without an order of lanes begin at a cache line
-    MAXIMA = 4  # registers in which a maximum is looked for: each waits two cycles for the one before
+    EXTREMES = 4  # registers in which a maximum is looked for: each waits two cycles for the one before
 
 
 cdef enum Finish:  # what `write_chunk` does to each element on its way to the output
@@ -47,29 +47,39 @@ cdef inline vec largest_lane(vec v) noexcept nogil:
     return v
 
 
-cdef inline vec lane_maxima(const vec* x, Py_ssize_t n) noexcept nogil:
-    """The maximum of each lane over all elements that are not NaN."""
-    cdef vec fill = splat(-INFINITY, x)
-    cdef vec[MAXIMA] tops
+cdef inline vec lane_extremes(const vec* x, Py_ssize_t n, vec* smallest) noexcept nogil:
+    """The maximum of each lane over all elements that are not NaN, and the minimum."""
+    cdef vec nothing = splat(-INFINITY, x), v
+    cdef vec[EXTREMES] tops, bottoms
     cdef Py_ssize_t i = 0, width = lanes(x), n_full, unaligned
     cdef int j
-    for j in range(MAXIMA):
-        tops[j] = fill
+    for j in range(EXTREMES):
+        tops[j], bottoms[j] = nothing, splat(INFINITY, x)
+    # In this order of operands a NaN is passed over.
     if n >= ALIGNED * width:  # elements may be looked at twice, so the first register ends wherever
         unaligned = <Py_ssize_t>(-<uintptr_t>x % REGISTER_BYTES) // itemsize(x)
-        tops[0] = maximum(load(x), fill)
+        tops[0], bottoms[0] = maximum(load(x), tops[0]), minimum(load(x), bottoms[0])
         x, n = at(x, unaligned), n - unaligned
     n_full = n // width
-    while i + MAXIMA <= n_full:
-        for j in range(MAXIMA):
-            tops[j] = maximum(load(x + i + j), tops[j])  # in this order of operands a NaN is passed over
-        i += MAXIMA
+    while i + EXTREMES <= n_full:
+        for j in range(EXTREMES):
+            v = load(x + i + j)
+            tops[j], bottoms[j] = maximum(v, tops[j]), minimum(v, bottoms[j])
+        i += EXTREMES
     while i < n_full:
-        tops[0] = maximum(load(x + i), tops[0])
+        tops[0], bottoms[0] = maximum(load(x + i), tops[0]), minimum(load(x + i), bottoms[0])
         i += 1
     if i * width < n:
-        tops[1] = maximum(load_first(x + i, <int>(n - i * width), fill), tops[1])
+        tops[1] = maximum(load_first(x + i, <int>(n - i * width), nothing), tops[1])
+        bottoms[1] = minimum(load_first(x + i, <int>(n - i * width), splat(INFINITY, x)), bottoms[1])
+    smallest[0] = minimum(minimum(bottoms[0], bottoms[1]), minimum(bottoms[2], bottoms[3]))
     return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]))
+
+
+cdef inline bint are_moderate(vec smallest, const vec* reference) noexcept nogil:
+    """Whether elements are, for `exp_parts`, of which these are the smallest."""
+    cdef vec zero = splat(0.0, reference), offset = reference[OFFSET]
+    return not any_greater(reference[FLOOR], smallest) and not any_greater(maximum(offset, zero - offset), zero)
 
 
 cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
@@ -81,7 +91,8 @@ cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline void fold_registers(
-    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, const vec* reference, int step
+    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, bint moderate,
+    const vec* reference, int step
 ) noexcept nogil:
     """Fold an element into each lane of `count` registers, and give the terms.
 
@@ -99,7 +110,7 @@ cdef inline void fold_registers(
         if apart:
             folded[j] = minimum(tops[j * step], x[j])
             tops[j * step] = maximum(x[j], tops[j * step])
-    exp_parts(folded, heads, factors, rests, count, reference, 0)
+    exp_parts(folded, heads, factors, rests, count, reference, 0, moderate)
     for j in range(count):
         terms[j] = times_plus(factors[j], rests[j], heads[j])
     for j in range(count):
@@ -124,9 +135,9 @@ cdef inline int count_within(Py_ssize_t i, Py_ssize_t n, const vec* like) noexce
     return <int>max(<Py_ssize_t>0, min(n - i * lanes(like), <Py_ssize_t>lanes(like)))
 
 
-cdef inline vec load_within(const vec* x, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
-    """The i-th register of n elements; -inf in the lanes behind the end."""
-    return load_first(x + i, count_within(i, n, x), splat(-INFINITY, x))
+cdef inline vec load_within(const vec* x, Py_ssize_t i, Py_ssize_t n, vec fill) noexcept nogil:
+    """The i-th register of n elements; `fill` in the lanes behind the end."""
+    return load_first(x + i, count_within(i, n, x), fill)
 
 
 cdef inline void store_within(vec* y, Py_ssize_t i, Py_ssize_t n, vec v) noexcept nogil:
@@ -135,10 +146,12 @@ cdef inline void store_within(vec* y, Py_ssize_t i, Py_ssize_t n, vec v) noexcep
 
 
 cdef inline void fold_elements(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, vec* top, vec* high, vec* low
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, bint moderate, const vec* reference, vec* top,
+    vec* high, vec* low
 ) noexcept nogil:
     """Fold a chunk into lanes; with the maxima apart, `top` becomes those of the lanes."""
-    cdef vec fill = splat(-INFINITY, x), zero = splat(0.0, x), tops = fill, highs = zero, lows = zero, earlier = zero
+    cdef vec zero = splat(0.0, x), tops = splat(-INFINITY, x), highs = zero, lows = zero, earlier = zero
+    cdef vec fill = reference[FLOOR] if moderate else tops  # behind the end, where it leaves a sum as it is
     cdef vec[GROUP] logits, group
     cdef Py_ssize_t width = lanes(x), i = 0
     cdef int j
@@ -149,24 +162,24 @@ cdef inline void fold_elements(
             logits[j] = load(x + i + j)
         for j in range(GROUP):
             prefetch(at(x, i * width + j * width + PREFETCHED_BYTES // itemsize(x)))
-        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, reference, 0)
+        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, moderate, reference, 0)
         for j in range(GROUP):
             if keep:
                 store(terms + i + j, group[j])
         i += GROUP
         if i % RUN == 0:
             earlier, lows = earlier + lows, zero
-    # The lanes behind the end hold -inf, which leaves a sum as it is. Two registers alone take longer than a group.
+    # Two registers alone take longer than a group.
     if n > (i + 1) * width:
         for j in range(GROUP):
-            logits[j] = load_within(x, i + j, n)
-        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, reference, 0)
+            logits[j] = load_within(x, i + j, n, fill)
+        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, moderate, reference, 0)
         for j in range(GROUP):
             if keep:
                 store_within(terms, i + j, n, group[j])
     elif n > i * width:
-        logits[0] = load_within(x, i, n)
-        fold_registers(logits, group, 1, &tops, &highs, &lows, apart, reference, 0)
+        logits[0] = load_within(x, i, n, fill)
+        fold_registers(logits, group, 1, &tops, &highs, &lows, apart, moderate, reference, 0)
         if keep:
             store_within(terms, i, n, group[0])
     if not apart:
@@ -175,25 +188,31 @@ cdef inline void fold_elements(
 
 
 cdef inline void fold_specialized(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, vec* top, vec* high, vec* low
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, vec smallest, const vec* reference, vec* top,
+    vec* high, vec* low
 ) noexcept nogil:
     """`fold_elements` in one copy for each kind of call, so that its loops hold no decisions."""
     if apart:
-        fold_elements(x, terms, n, False, True, reference, top, high, low)
+        fold_elements(x, terms, n, False, True, False, reference, top, high, low)
+    elif are_moderate(smallest, reference):
+        if keep:
+            fold_elements(x, terms, n, True, False, True, reference, top, high, low)
+        else:
+            fold_elements(x, terms, n, False, False, True, reference, top, high, low)
     elif keep:
-        fold_elements(x, terms, n, True, False, reference, top, high, low)
+        fold_elements(x, terms, n, True, False, False, reference, top, high, low)
     else:
-        fold_elements(x, terms, n, False, False, reference, top, high, low)
+        fold_elements(x, terms, n, False, False, False, reference, top, high, low)
 
 
 cdef inline void sum_chunk(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, const vec* reference, vec largest, vec* high,
-    vec* low
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, vec smallest, const vec* reference, vec largest,
+    vec* high, vec* low
 ) noexcept nogil:
     """The sum of a chunk, in every lane."""
     cdef vec top, term, residual
     cdef int distance = lanes(x) // 2
-    fold_specialized(x, terms, n, keep, apart, reference, &top, high, low)
+    fold_specialized(x, terms, n, keep, apart, smallest, reference, &top, high, low)
     if apart:  # the lanes' own maxima, all but the one that is the chunk's
         scaled_exp(&top, &term, &residual, 1, reference, 0)
         accumulate(
@@ -224,17 +243,17 @@ cdef State fold_chunk(
 ) noexcept nogil:
     """The state of one chunk; with `keep`, its terms too, relative to the state's exponent."""
     cdef vec[REFERENCE] reference
-    cdef vec largest = largest_lane(lane_maxima(x, n)), high, low, enough
+    cdef vec smallest, largest = largest_lane(lane_extremes(x, n, &smallest)), high, low, enough
     cdef State state
     state.maximum = lane(largest, 0)
     if fabs(state.maximum) == INFINITY:
         return infinite_state(state.maximum, has_nan(x, n), apart)
     reference_at(largest, splat(row_offset, x), reference)
-    sum_chunk(x, terms, n, keep, False, reference, largest, &high, &low)
+    sum_chunk(x, terms, n, keep, False, smallest, reference, largest, &high, &low)
     if apart:
         enough = without_top(largest, n, reference, &high, &low)
         if any_greater(enough, high):
-            sum_chunk(x, terms, n, False, True, reference, largest, &high, &low)
+            sum_chunk(x, terms, n, False, True, smallest, reference, largest, &high, &low)
     state.offset = lane(reference[OFFSET], 0)
     state.exponent = lane(exponent_of(reference), 0)
     state.high = lane(high, 0)
@@ -300,11 +319,15 @@ cdef inline void write_elements(
             else:
                 store(y + i + j, v[j])
         i += GROUP
-    while i * width < n:
-        v[0] = load_within(source, i, n)
+    while (i + 1) * width <= n:
+        v[0] = load(source + i)
+        finish(v, 1, kind, reference, finishers, has_ties)
+        store(y + i, v[0])
+        i += 1
+    if i * width < n:
+        v[0] = load_within(source, i, n, fill)
         finish(v, 1, kind, reference, finishers, has_ties)
         store_within(y, i, n, v[0])
-        i += 1
 
 
 cdef void write_probabilities(

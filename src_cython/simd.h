@@ -59,10 +59,10 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
     static inline T T##_splat(double c) { return (real)c - (T){0}; }                                                   \
     static inline T T##_load(const T *p) { return *(const T##_unaligned *)p; }                                         \
     static inline void T##_store(T *p, T v) { *(T##_unaligned *)p = v; }                                               \
-    /* v * 2**k, where the lowest bits of `magic` hold k and below it `dropped` others, and both are normal numbers. */ \
-    static inline T T##_raise(T v, T magic, int dropped)                                                               \
+    /* v * 2**k, where the lowest bits of `magic` hold k and, in `below` bits, j, and v is element j of a table. */    \
+    static inline T T##_raise(T v, T magic, int below)                                                                 \
     {                                                                                                                  \
-        return (T)((bits)v + ((bits)magic >> dropped << mantissa_bits));                                               \
+        return (T)((bits)v + ((bits)magic << (mantissa_bits - below)));                                                \
     }                                                                                                                  \
     /* v = significand * 2**binary_exponent, with 1 <= |significand| < 2, where v is a normal number.            */     \
     static inline T T##_significand(T v)                                                                               \
@@ -88,27 +88,38 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
 DEFINE_FOR_ANY_PROCESSOR(f32v, float, u32v, 23)
 DEFINE_FOR_ANY_PROCESSOR(f64v, double, u64v, 52)
 
-/* pick: element j of a table, where the lowest bits of v hold j. */
+/* pick: element j of a table, where the lowest bits of v hold j.
+ *
+ * Adding k, shifted to the exponent of an element, adds j / POWERS to its significand along with it. The table holds what
+ * makes a power of two of the sum: less by that, which below 1 counts half.
+ */
+#define LOWERED(j, powers, power) (1 - ((double)(j) / (powers) - ((power) - 1)) / 2)
 #if REGISTER_BYTES == 64
 static const f32v f32v_powers = {
-    0x1p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
-    0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f, 0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f,
-    0x1.ea4afap+0f};
+    LOWERED(0, 16, 0x1p+0), LOWERED(1, 16, 0x1.0b5586p+0), LOWERED(2, 16, 0x1.172b84p+0),
+    LOWERED(3, 16, 0x1.2387a6p+0), LOWERED(4, 16, 0x1.306fe0p+0), LOWERED(5, 16, 0x1.3dea64p+0),
+    LOWERED(6, 16, 0x1.4bfdaep+0), LOWERED(7, 16, 0x1.5ab07ep+0), LOWERED(8, 16, 0x1.6a09e6p+0),
+    LOWERED(9, 16, 0x1.7a1148p+0), LOWERED(10, 16, 0x1.8ace54p+0), LOWERED(11, 16, 0x1.9c4918p+0),
+    LOWERED(12, 16, 0x1.ae89fap+0), LOWERED(13, 16, 0x1.c199bep+0), LOWERED(14, 16, 0x1.d5818ep+0),
+    LOWERED(15, 16, 0x1.ea4afap+0)};
 static const f32v f32v_powers_error = {
     0.0f, 0x1.8d96d4p-25f, -0x1.9c0c22p-27f, 0x1.964904p-25f, 0x1.125002p-25f, 0x1.370be4p-25f, -0x1.0a3550p-25f,
     -0x1.00d8acp-27f, 0x1.26055cp-26f, -0x1.05cb44p-25f, 0x1.67a1cap-28f, 0x1.a3b5e4p-28f, -0x1.f9c304p-27f,
     -0x1.6961b4p-28f, -0x1.a5217cp-28f, 0x1.61428ep-28f};
 static const f64v f64v_powers = {
-    0x1p+0, 0x1.172b83c7d517bp+0, 0x1.306fe0a31b715p+0, 0x1.4bfdad5362a27p+0, 0x1.6a09e667f3bcdp+0, 0x1.8ace5422aa0dbp+0,
-    0x1.ae89f995ad3adp+0, 0x1.d5818dcfba487p+0};
+    LOWERED(0, 8, 0x1p+0), LOWERED(1, 8, 0x1.172b83c7d517bp+0), LOWERED(2, 8, 0x1.306fe0a31b715p+0),
+    LOWERED(3, 8, 0x1.4bfdad5362a27p+0), LOWERED(4, 8, 0x1.6a09e667f3bcdp+0), LOWERED(5, 8, 0x1.8ace5422aa0dbp+0),
+    LOWERED(6, 8, 0x1.ae89f995ad3adp+0), LOWERED(7, 8, 0x1.d5818dcfba487p+0)};
 static const f64v f64v_powers_error = {
     0.0, -0x1.01b15eaa59348p-55, 0x1.34d754db0abb6p-55, 0x1.690cebb7aafb0p-56, -0x1.3b3efbf5e2228p-54,
     0x1.db72fc1f0eab4p-55, 0x1.c1a7792cb3387p-55, 0x1.4a385a63d07a7p-56};
 static inline f32v f32v_pick(f32v table, f32v v) { return (f32v)_mm512_permutexvar_ps((__m512i)v, (__m512)table); }
 static inline f64v f64v_pick(f64v table, f64v v) { return (f64v)_mm512_permutexvar_pd((__m512i)v, (__m512d)table); }
 #elif REGISTER_BYTES == 32
-static const f32v f32v_powers = {0x1p+0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
-                                 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
+static const f32v f32v_powers = {
+    LOWERED(0, 8, 0x1p+0), LOWERED(1, 8, 0x1.172b84p+0), LOWERED(2, 8, 0x1.306fe0p+0), LOWERED(3, 8, 0x1.4bfdaep+0),
+    LOWERED(4, 8, 0x1.6a09e6p+0), LOWERED(5, 8, 0x1.8ace54p+0), LOWERED(6, 8, 0x1.ae89fap+0),
+    LOWERED(7, 8, 0x1.d5818ep+0)};
 static const f32v f32v_powers_error = {0.0f, -0x1.9c0c22p-27f, 0x1.125002p-25f, -0x1.0a3550p-25f,
                                        0x1.26055cp-26f, 0x1.67a1cap-28f, -0x1.f9c304p-27f, -0x1.a5217cp-28f};
 static inline f32v f32v_pick(f32v table, f32v v) { return (f32v)_mm256_permutevar8x32_ps((__m256)table, (__m256i)v); }

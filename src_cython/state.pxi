@@ -145,7 +145,7 @@ cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
 
 
 cdef inline void exp_parts(
-    const vec* x, vec* heads, vec* factors, vec* rests, int count, const vec* reference, int step
+    const vec* x, vec* heads, vec* factors, vec* rests, int count, const vec* reference, int step, bint moderate
 ) noexcept nogil:
     """exp(x - offset) * 2**-exponent of a reference as head + factor * rest, where the product is below a tenth of it.
 
@@ -154,7 +154,8 @@ cdef inline void exp_parts(
     What is added to the product must be so in one operation, `times_plus`: left to the compiler, it is rounded in
     between in one place and not in another, and the same element has different bits there.
 
-    With a `step` of 1 each register has a reference of its own, with 0 all have the same.
+    With a `step` of 1 each register has a reference of its own, with 0 all have the same. `moderate` elements have an
+    offset of 0 and are above the floor, so that neither need be looked at.
 
     `count` registers, at most GROUP, go through each step together: one alone is a chain of 20 operations that wait
     for each other, and a processor's scheduler holds too few of them to overlap enough chains by itself.
@@ -163,7 +164,9 @@ cdef inline void exp_parts(
     cdef vec one = splat(1.0, x), error
     cdef int j
     for j in range(count):
-        z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
+        z[j] = x[j]
+        if not moderate:
+            z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
     for j in range(count):
         magic[j] = z[j] * splat(LOG2_E * powers(x), x) + reference[j * step * REFERENCE + MAGIC]
     for j in range(count):
@@ -205,7 +208,7 @@ cdef inline void scaled_exp(
     """
     cdef vec[GROUP] heads, factors, rests
     cdef int j
-    exp_parts(x, heads, factors, rests, count, reference, step)
+    exp_parts(x, heads, factors, rests, count, reference, step, False)
     for j in range(count):
         terms[j] = times_plus(factors[j], rests[j], heads[j])
     if residuals != NULL:
