@@ -41,6 +41,15 @@ cdef inline void merge_lanes(
         distance //= 2
 
 
+cdef inline void merge_coarse_lanes(vec* highs, int n_lanes) noexcept nogil:
+    """`merge_lanes` for COARSE sums, which have no low parts."""
+    cdef int distance = lanes(<const vec*>highs) // 2, l
+    while distance:
+        for l in range(min(distance, n_lanes - distance)):
+            highs[l] = highs[l] + highs[l + distance]
+        distance //= 2
+
+
 cdef inline void fold_lane_maxima(
     const vec* tops, vec largest, int n_lanes, const vec* reference, vec* highs, vec* lows
 ) noexcept nogil:
@@ -74,6 +83,15 @@ cdef inline void normalize_rows(
     high = where_at_most(high, splat(by_type(FLT_MAX, DBL_MAX, &high), &high), high, nan)
     high = where_at_most(high, splat(0.0, &high), nan, high)
     normalize(largest, high, low, reference, finishers)
+
+
+cdef inline void coarse_normalize_rows(vec high, vec* finishers) noexcept nogil:
+    """`normalize_rows` for COARSE terms: the rounding to 16 bits gives equal elements their 1 / m."""
+    cdef vec infinity = splat(INFINITY, &high), nan = infinity - infinity
+    high = where_at_most(high, splat(FLT_MAX, &high), high, nan)
+    high = where_at_most(high, splat(0.0, &high), nan, high)
+    finishers[FACTOR], finishers[FACTOR_LOW] = splat(1.0, &high) / high, splat(0.0, &high)
+    finishers[LIMIT], finishers[SHARE] = infinity, splat(0.0, &high)
 
 
 cdef inline void find_batch_references(
@@ -127,7 +145,8 @@ cdef inline void sum_batch(
     for row in range(n_rows):
         reference_of(references, row, reference)
         fold_specialized(
-            x[row], terms[row], n, keep, apart, smallest[row], reference, &tops[row], &highs[row], &lows[row])
+            x[row], terms[row], n, keep, apart, arithmetic_for(smallest[row], reference), reference, &tops[row],
+            &highs[row], &lows[row])
     transpose(highs)
     transpose(lows)
     if apart:
@@ -261,6 +280,9 @@ cdef void run_batch(
     cdef vec* terms[MAX_LANES]
     cdef Py_ssize_t x_offset, y_offset
     cdef int row
+    if job.storage != AS_COMPUTED:
+        run_stored_batch(x, y, job, first, n_rows, n, scratch)
+        return
     for row in range(n_rows):
         locate(&job.kept, first + row, &x_offset, &y_offset)
         sources[row], targets[row] = <const vec*>(<const char*>x + x_offset), <vec*>(<char*>y + y_offset)

@@ -185,7 +185,7 @@ cdef void cap(vec* x, Py_ssize_t n, double limit) noexcept nogil:
         for j in range(GROUP):
             values[j] = load_first(<const vec*>x + i + j, count_within(i + j, n, <const vec*>x), zero)
             z[j] = zero - absolute(values[j]) / half
-        exp_parts(z, heads, factors, rests, GROUP, reference, 0, False)
+        exp_parts(z, heads, factors, rests, GROUP, reference, 0, FULL)
         for j in range(GROUP):
             # Of a small number, 1 - head is exact and the rest has all digits.
             z[j] = ((one - heads[j]) - factors[j] * rests[j]) / (one + times_plus(factors[j], rests[j], heads[j]))

@@ -99,14 +99,17 @@ cdef void scatter(
 cdef State fold_gathered(
     const void* x, const Dimensions* row, Py_ssize_t n, bint apart, vec* scratch, Storage storage
 ) noexcept nogil:
-    """The state of a row; the scratch is left with its last chunk."""
+    """The state of a row; the scratch is left with its last chunk. 16-bit rows whose maximum is not apart are COARSE."""
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
     cdef State state, total = identity()
     cdef double row_offset = 0.0
     while first < n:
         size = min(length, n - first)
         gather(x, row, first, size, scratch, storage)
-        state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, row_offset)
+        if storage != AS_COMPUTED and not apart:
+            state = fold_coarse_chunk(<const vec*>scratch, <vec*>NULL, size, False)
+        else:
+            state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, row_offset)
         if first == 0:
             total, row_offset = state, state.offset
         else:
@@ -122,15 +125,23 @@ cdef void softmax_gathered(
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
     cdef vec* result = <vec*>at(<const vec*>scratch, length)
     cdef const vec* terms = result if n <= length else NULL  # of a row in one chunk; longer ones are computed again
+    cdef bint coarse = storage != AS_COMPUTED
+    cdef vec[REFERENCE] reference
     cdef State total
     cdef Scale scale
     if terms != NULL:
         gather(x, row, 0, n, scratch, storage)
-        total = fold_chunk(<const vec*>scratch, result, n, True, False, 0.0)
+        if coarse:
+            total = fold_coarse_chunk(<const vec*>scratch, result, n, True)
+        else:
+            total = fold_chunk(<const vec*>scratch, result, n, True, False, 0.0)
     else:
         total = fold_gathered(x, row, n, False, scratch, storage)
     cdef bint regular = is_regular(total)
-    if regular:
+    if regular and coarse:
+        make_reference(splat(total.offset, scratch), splat(total.exponent, scratch), reference)
+        scale = coarse_scale_of(total, <const vec*>scratch)
+    elif regular:
         scale = scale_of(total, <const vec*>scratch)
     while first < n:
         size = min(length, n - first)
@@ -139,7 +150,12 @@ cdef void softmax_gathered(
         else:
             if terms == NULL:
                 gather(x, row, first, size, scratch, storage)
-            write_probabilities(<const vec*>scratch, terms, result, size, total, total, scale, False)
+            if not coarse:
+                write_probabilities(<const vec*>scratch, terms, result, size, total, total, scale, False)
+            elif terms == NULL:
+                write_elements(COARSE_EXP_SCALE, <const vec*>scratch, result, size, reference, scale, False, False)
+            else:
+                write_elements(COARSE_SCALE, terms, result, size, reference, scale, False, False)
         scatter(<const vec*>result, y, row, first, size, storage)
         first += size
 

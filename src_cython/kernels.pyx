@@ -63,6 +63,7 @@ cdef struct Job:
     Dimensions row
 
 include "batches.pxi"
+include "stored_batches.pxi"
 include "tiles.pxi"
 include "strips.pxi"
 
@@ -204,7 +205,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     else:
         if 0 < n <= chunk_length(x):
             n_together = batch_rows(n, x)
-        if job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
+        if job.storage != AS_COMPUTED or job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
             scratch_bytes = n_together * n * itemsize(x)
     states = <State*>malloc(n_states * sizeof(State))
     memory = malloc(scratch_bytes + REGISTER_BYTES)
@@ -220,7 +221,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
             run_strip(x, y, job, unit // n_strips, unit % n_strips, left_out, scratch)
         elif job.traversal == TILES:
             run_turned(x, y, job, unit, <int>n_together, n, scratch)
-        elif n_together > 1:
+        elif n_together > 1 or job.storage != AS_COMPUTED and job.traversal == ROWS:
             run_batch(x, y, job, unit, <int>n_together, n, scratch)
         else:
             run_row(x, y, job, unit, n, scratch, states)

@@ -58,6 +58,7 @@ cdef extern from "simd.h" nogil:
     ctypedef unsigned short u16v
     u16v u16v_load_first(const uint16_t* p, int count)
     void u16v_store_first(uint16_t* p, u16v v, int count)
+    void u16v_stream(uint16_t* p, u16v v)
     f32v filled_up(f32v v, int count, f32v fill)
     f32v f32v_from_float16(u16v v)
     u16v f32v_to_float16(f32v v)
@@ -303,6 +304,12 @@ cdef inline vec load_stored(const void* p, int count, vec fill, Storage storage)
         if storage == BFLOAT16:
             return filled_up(f32v_from_bfloat16(u16v_load_first(<const uint16_t*>p, count)), count, fill)
     return load_first(<const vec*>p, count, fill)
+
+
+cdef inline void stream_stored(void* p, vec v, Storage storage) noexcept nogil:
+    """Store a register of 16-bit elements past the caches; `p` is aligned to it."""
+    if vec is f32v:
+        u16v_stream(<uint16_t*>p, f32v_to_float16(v) if storage == FLOAT16 else f32v_to_bfloat16(v))
 
 
 cdef inline void store_stored(void* p, vec v, int count, Storage storage) noexcept nogil:

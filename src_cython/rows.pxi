@@ -27,6 +27,8 @@ cdef enum Finish:  # what `write_chunk` does to each element on its way to the o
     SCALE      # a term to a probability: term * (FACTOR + FACTOR_LOW), or SHARE
     EXP_SCALE  # a logit to a probability, by way of its term
     SUBTRACT   # a logit to a log-probability: (logit - FACTOR) - FACTOR_LOW
+    COARSE_SCALE      # COARSE terms
+    COARSE_EXP_SCALE
 
 
 cdef inline Py_ssize_t chunk_length(const vec* like) noexcept nogil:
@@ -76,10 +78,12 @@ cdef inline vec lane_extremes(const vec* x, Py_ssize_t n, vec* smallest) noexcep
     return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]))
 
 
-cdef inline bint are_moderate(vec smallest, const vec* reference) noexcept nogil:
-    """Whether elements are, for `exp_parts`, of which these are the smallest."""
+cdef inline Arithmetic arithmetic_for(vec smallest, const vec* reference) noexcept nogil:
+    """FULL, or MODERATE for elements that are so, of which these are the smallest."""
     cdef vec zero = splat(0.0, reference), offset = reference[OFFSET]
-    return not any_greater(reference[FLOOR], smallest) and not any_greater(maximum(offset, zero - offset), zero)
+    if any_greater(reference[FLOOR], smallest) or any_greater(maximum(offset, zero - offset), zero):
+        return FULL
+    return MODERATE
 
 
 cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
@@ -91,7 +95,7 @@ cdef inline bint has_nan(const vec* x, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline void fold_registers(
-    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, bint moderate,
+    const vec* x, vec* terms, int count, vec* tops, vec* highs, vec* lows, bint apart, Arithmetic arithmetic,
     const vec* reference, int step
 ) noexcept nogil:
     """Fold an element into each lane of `count` registers, and give the terms.
@@ -105,12 +109,17 @@ cdef inline void fold_registers(
     cdef vec[GROUP] folded, heads, factors, rests
     cdef vec total, seen, lost
     cdef int j
+    if arithmetic == COARSE:
+        coarse_exp(x, terms, count, reference, 0)
+        for j in range(count):
+            highs[j * step] = highs[j * step] + terms[j]
+        return
     for j in range(count):
         folded[j] = x[j]
         if apart:
             folded[j] = minimum(tops[j * step], x[j])
             tops[j * step] = maximum(x[j], tops[j * step])
-    exp_parts(folded, heads, factors, rests, count, reference, 0, moderate)
+    exp_parts(folded, heads, factors, rests, count, reference, 0, arithmetic)
     for j in range(count):
         terms[j] = times_plus(factors[j], rests[j], heads[j])
     for j in range(count):
@@ -146,73 +155,84 @@ cdef inline void store_within(vec* y, Py_ssize_t i, Py_ssize_t n, vec v) noexcep
 
 
 cdef inline void fold_elements(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, bint moderate, const vec* reference, vec* top,
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, Arithmetic arithmetic, const vec* reference, vec* top,
     vec* high, vec* low
 ) noexcept nogil:
     """Fold a chunk into lanes; with the maxima apart, `top` becomes those of the lanes."""
     cdef vec zero = splat(0.0, x), tops = splat(-INFINITY, x), highs = zero, lows = zero, earlier = zero
-    cdef vec fill = reference[FLOOR] if moderate else tops  # behind the end, where it leaves a sum as it is
+    cdef vec fill = reference[FLOOR] if arithmetic == MODERATE else tops  # behind the end, where it leaves a sum as it is
     cdef vec[GROUP] logits, group
     cdef Py_ssize_t width = lanes(x), i = 0
     cdef int j
-    if not apart:
+    cdef bint has_base = not apart and arithmetic != COARSE
+    if has_base:
         highs = sum_base(x)
     while (i + GROUP) * width <= n:
         for j in range(GROUP):
             logits[j] = load(x + i + j)
         for j in range(GROUP):
             prefetch(at(x, i * width + j * width + PREFETCHED_BYTES // itemsize(x)))
-        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, moderate, reference, 0)
+        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, arithmetic, reference, 0)
         for j in range(GROUP):
             if keep:
                 store(terms + i + j, group[j])
         i += GROUP
-        if i % RUN == 0:
+        if i % RUN == 0 and arithmetic == COARSE:
+            earlier, highs = earlier + highs, zero
+        elif i % RUN == 0:
             earlier, lows = earlier + lows, zero
     # Two registers alone take longer than a group.
     if n > (i + 1) * width:
         for j in range(GROUP):
             logits[j] = load_within(x, i + j, n, fill)
-        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, moderate, reference, 0)
+        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, arithmetic, reference, 0)
         for j in range(GROUP):
             if keep:
                 store_within(terms, i + j, n, group[j])
     elif n > i * width:
         logits[0] = load_within(x, i, n, fill)
-        fold_registers(logits, group, 1, &tops, &highs, &lows, apart, moderate, reference, 0)
+        fold_registers(logits, group, 1, &tops, &highs, &lows, apart, arithmetic, reference, 0)
         if keep:
             store_within(terms, i, n, group[0])
-    if not apart:
+    if arithmetic == COARSE:
+        high[0], low[0] = earlier + highs, zero
+        return
+    if has_base:
         highs = highs - sum_base(x)
     top[0], high[0], low[0] = tops, highs, earlier + lows
 
 
 cdef inline void fold_specialized(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, vec smallest, const vec* reference, vec* top,
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, Arithmetic arithmetic, const vec* reference, vec* top,
     vec* high, vec* low
 ) noexcept nogil:
     """`fold_elements` in one copy for each kind of call, so that its loops hold no decisions."""
-    if apart:
-        fold_elements(x, terms, n, False, True, False, reference, top, high, low)
-    elif are_moderate(smallest, reference):
+    if vec is f32v and arithmetic == COARSE:
         if keep:
-            fold_elements(x, terms, n, True, False, True, reference, top, high, low)
+            fold_elements(x, terms, n, True, False, COARSE, reference, top, high, low)
         else:
-            fold_elements(x, terms, n, False, False, True, reference, top, high, low)
+            fold_elements(x, terms, n, False, False, COARSE, reference, top, high, low)
+    elif apart:
+        fold_elements(x, terms, n, False, True, FULL, reference, top, high, low)
+    elif arithmetic == MODERATE:
+        if keep:
+            fold_elements(x, terms, n, True, False, MODERATE, reference, top, high, low)
+        else:
+            fold_elements(x, terms, n, False, False, MODERATE, reference, top, high, low)
     elif keep:
-        fold_elements(x, terms, n, True, False, False, reference, top, high, low)
+        fold_elements(x, terms, n, True, False, FULL, reference, top, high, low)
     else:
-        fold_elements(x, terms, n, False, False, False, reference, top, high, low)
+        fold_elements(x, terms, n, False, False, FULL, reference, top, high, low)
 
 
 cdef inline void sum_chunk(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, vec smallest, const vec* reference, vec largest,
-    vec* high, vec* low
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, Arithmetic arithmetic, const vec* reference,
+    vec largest, vec* high, vec* low
 ) noexcept nogil:
     """The sum of a chunk, in every lane."""
     cdef vec top, term, residual
     cdef int distance = lanes(x) // 2
-    fold_specialized(x, terms, n, keep, apart, smallest, reference, &top, high, low)
+    fold_specialized(x, terms, n, keep, apart, arithmetic, reference, &top, high, low)
     if apart:  # the lanes' own maxima, all but the one that is the chunk's
         scaled_exp(&top, &term, &residual, 1, reference, 0)
         accumulate(
@@ -244,20 +264,40 @@ cdef State fold_chunk(
     """The state of one chunk; with `keep`, its terms too, relative to the state's exponent."""
     cdef vec[REFERENCE] reference
     cdef vec smallest, largest = largest_lane(lane_extremes(x, n, &smallest)), high, low, enough
+    cdef Arithmetic arithmetic
     cdef State state
     state.maximum = lane(largest, 0)
     if fabs(state.maximum) == INFINITY:
         return infinite_state(state.maximum, has_nan(x, n), apart)
     reference_at(largest, splat(row_offset, x), reference)
-    sum_chunk(x, terms, n, keep, False, smallest, reference, largest, &high, &low)
+    arithmetic = arithmetic_for(smallest, reference)
+    sum_chunk(x, terms, n, keep, False, arithmetic, reference, largest, &high, &low)
     if apart:
         enough = without_top(largest, n, reference, &high, &low)
         if any_greater(enough, high):
-            sum_chunk(x, terms, n, False, True, smallest, reference, largest, &high, &low)
+            sum_chunk(x, terms, n, False, True, FULL, reference, largest, &high, &low)
     state.offset = lane(reference[OFFSET], 0)
     state.exponent = lane(exponent_of(reference), 0)
     state.high = lane(high, 0)
     state.low = lane(low, 0)
+    return state
+
+
+cdef State fold_coarse_chunk(const vec* x, vec* terms, Py_ssize_t n, bint keep) noexcept nogil:
+    """`fold_chunk` for COARSE terms."""
+    cdef vec[REFERENCE] reference
+    cdef vec smallest, largest = largest_lane(lane_extremes(x, n, &smallest)), top, high, low
+    cdef int distance = lanes(x) // 2
+    cdef State state = identity()
+    state.maximum = lane(largest, 0)
+    if fabs(state.maximum) == INFINITY:
+        return infinite_state(state.maximum, has_nan(x, n), False)
+    coarse_reference_at(largest, reference)
+    fold_specialized(x, terms, n, keep, False, COARSE, reference, &top, &high, &low)
+    while distance:
+        high = high + swap(high, distance)
+        distance //= 2
+    state.offset, state.exponent, state.high = state.maximum, lane(exponent_of(reference), 0), lane(high, 0)
     return state
 
 
@@ -268,9 +308,13 @@ cdef inline void finish(
     cdef int j
     if kind == EXP_SCALE:
         scaled_exp(v, v, <vec*>NULL, count, reference, 0)
+    elif kind == COARSE_EXP_SCALE:
+        coarse_exp(v, v, count, reference, 0)
     for j in range(count):
         if kind == SUBTRACT:
             v[j] = (v[j] - finishers[FACTOR]) - finishers[FACTOR_LOW]
+        elif kind == COARSE_SCALE or kind == COARSE_EXP_SCALE:
+            v[j] = v[j] * finishers[FACTOR]
         else:
             v[j] = product(v[j], finishers[FACTOR], finishers[FACTOR_LOW])
             if has_ties:

@@ -381,6 +381,20 @@ static inline double exact_power_of_two(double k) { return k < -1022 ? 0 : doubl
 #define F32_LANES (REGISTER_BYTES / 4)
 typedef uint16_t u16v __attribute__((vector_size(REGISTER_BYTES / 2)));
 
+#if REGISTER_BYTES == 64 && defined(__AVX512BW__) && defined(__AVX512VL__)
+static inline u16v u16v_load_first(const uint16_t *p, int count)
+{
+    return (u16v)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+}
+static inline void u16v_store_first(uint16_t *p, u16v v, int count)
+{
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)v);
+}
+static inline f32v filled_up(f32v v, int count, f32v fill)
+{
+    return (f32v)_mm512_mask_mov_ps((__m512)fill, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+#else
 static inline u16v u16v_load_first(const uint16_t *p, int count)
 {
     u16v v = {0};
@@ -404,6 +418,18 @@ static inline f32v filled_up(f32v v, int count, f32v fill)
     if (count < F32_LANES)
         memcpy(&fill, &v, (size_t)count * 4);
     return count < F32_LANES ? fill : v;
+}
+#endif
+
+static inline void u16v_stream(uint16_t *p, u16v v)
+{
+#if REGISTER_BYTES == 64
+    _mm256_stream_si256((__m256i *)p, (__m256i)v);
+#elif REGISTER_BYTES == 32
+    _mm_stream_si128((__m128i *)p, (__m128i)v);
+#else
+    u16v_store_first(p, v, F32_LANES);
+#endif
 }
 
 static inline f32v f32v_from_bfloat16(u16v v) { return (f32v)(__builtin_convertvector(v, u32v) << 16); }

@@ -41,6 +41,13 @@ cdef struct State:
     double low   # functions without the maximum itself, so that log1p of the rest keeps all its digits
 
 
+# How terms and sums are computed.
+cdef enum Arithmetic:
+    FULL
+    MODERATE  # as FULL, with the same bits, for elements that have an offset of 0 and are above the floor
+    COARSE    # for results of 16 bits: to 2**-18
+
+
 # What terms are relative to: exp(x - offset) * 2**-exponent. Three registers, with a value for each lane.
 cdef enum:
     OFFSET
@@ -88,6 +95,19 @@ cdef inline void reference_at(vec largest, vec row_offset, vec* reference) noexc
     k = (k + splat(by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &largest), &largest)) - splat(
         by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &largest), &largest)  # the nearest even number
     make_reference(offset, k - splat(by_type(64.0, 100.0, &largest), &largest), reference)
+
+
+cdef inline void coarse_reference_at(vec largest, vec* reference) noexcept nogil:
+    """The same for COARSE terms, whose offset is the maximum: differences from it are small, so that one step reduces
+    them."""
+    cdef vec offset = is_finite_then(largest, largest, splat(0.0, &largest))
+    make_reference(offset, splat(-64.0, &largest), reference)
+
+
+cdef inline vec is_finite_then(vec v, vec finite, vec otherwise) noexcept nogil:
+    """`finite` in the lanes where v is so, `otherwise` where it is infinite or NaN."""
+    cdef vec size = maximum(splat(0.0, &v) - v, v)  # in this order of operands, NaN where v is
+    return where_at_most(size, splat(by_type(FLT_MAX, DBL_MAX, &v), &v), finite, otherwise)
 
 
 cdef inline vec sum_base(const vec* like) noexcept nogil:
@@ -145,7 +165,8 @@ cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
 
 
 cdef inline void exp_parts(
-    const vec* x, vec* heads, vec* factors, vec* rests, int count, const vec* reference, int step, bint moderate
+    const vec* x, vec* heads, vec* factors, vec* rests, int count, const vec* reference, int step,
+    Arithmetic arithmetic
 ) noexcept nogil:
     """exp(x - offset) * 2**-exponent of a reference as head + factor * rest, where the product is below a tenth of it.
 
@@ -154,8 +175,7 @@ cdef inline void exp_parts(
     What is added to the product must be so in one operation, `times_plus`: left to the compiler, it is rounded in
     between in one place and not in another, and the same element has different bits there.
 
-    With a `step` of 1 each register has a reference of its own, with 0 all have the same. `moderate` elements have an
-    offset of 0 and are above the floor, so that neither need be looked at.
+    With a `step` of 1 each register has a reference of its own, with 0 all have the same.
 
     `count` registers, at most GROUP, go through each step together: one alone is a chain of 20 operations that wait
     for each other, and a processor's scheduler holds too few of them to overlap enough chains by itself.
@@ -165,7 +185,7 @@ cdef inline void exp_parts(
     cdef int j
     for j in range(count):
         z[j] = x[j]
-        if not moderate:
+        if arithmetic != MODERATE:
             z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
     for j in range(count):
         magic[j] = z[j] * splat(LOG2_E * powers(x), x) + reference[j * step * REFERENCE + MAGIC]
@@ -208,12 +228,36 @@ cdef inline void scaled_exp(
     """
     cdef vec[GROUP] heads, factors, rests
     cdef int j
-    exp_parts(x, heads, factors, rests, count, reference, step, False)
+    exp_parts(x, heads, factors, rests, count, reference, step, FULL)
     for j in range(count):
         terms[j] = times_plus(factors[j], rests[j], heads[j])
     if residuals != NULL:
         for j in range(count):
             residuals[j] = times_plus(factors[j], rests[j], heads[j] - terms[j])
+
+
+cdef inline void coarse_exp(const vec* x, vec* terms, int count, const vec* reference, int step) noexcept nogil:
+    """`scaled_exp` to 2**-18, in half the operations."""
+    cdef vec[GROUP] z, magic, r, q
+    cdef vec error
+    cdef int j
+    if powers(x) == 1:
+        scaled_exp(x, terms, <vec*>NULL, count, reference, step)
+        return
+    for j in range(count):
+        z[j] = maximum(reference[j * step * REFERENCE + FLOOR], x[j] - reference[j * step * REFERENCE + OFFSET])
+    for j in range(count):
+        magic[j] = z[j] * splat(LOG2_E * powers(x), x) + reference[j * step * REFERENCE + MAGIC]
+    for j in range(count):
+        r[j] = minus_product(z[j], magic[j] - reference[j * step * REFERENCE + MAGIC], splat(LN2 / powers(x), x))
+    if powers(x) == 16:
+        start(q, r, count, 0.5000161528587341)
+    else:
+        start(q, r, count, 0.1666802614927292)
+        horner(q, r, count, 0.5)
+    for j in range(count):
+        terms[j] = times_power(root_of_two(magic[j], &error), magic[j])
+        terms[j] = times_plus(terms[j], r[j] * r[j] * q[j] + r[j], terms[j])
 
 
 cdef inline vec two_sum(vec a, vec b, vec* error) noexcept nogil:
@@ -413,12 +457,6 @@ cdef inline void log1p_parts(vec ratio, vec ratio_low, vec* high, vec* low) noex
     low[0] = low[0] + (tail + times_plus(k, splat(by_type(LN2_LOW_F32, LN2_LOW_F64, &k), &k), lost))
 
 
-cdef inline vec is_finite_then(vec v, vec finite, vec otherwise) noexcept nogil:
-    """`finite` in the lanes where v is so, `otherwise` where it is infinite or NaN."""
-    cdef vec size = maximum(splat(0.0, &v) - v, v)  # in this order of operands, NaN where v is
-    return where_at_most(size, splat(by_type(FLT_MAX, DBL_MAX, &v), &v), finite, otherwise)
-
-
 cdef inline void log_sums_of(
     vec largest, vec high, vec low, const vec* reference, vec* log_high, vec* log_low
 ) noexcept nogil:
@@ -490,6 +528,11 @@ cdef inline Scale scale_of(State state, const vec* like) noexcept nogil:
     to_registers(state, like, &high, &low, reference)
     normalize(splat(state.maximum, like), high, low, reference, finishers)
     return scale_in_lane(<const vec*>finishers, 0)
+
+
+cdef inline Scale coarse_scale_of(State state, const vec* like) noexcept nogil:
+    """`scale_of` for COARSE terms: the rounding to 16 bits gives equal elements their 1 / m."""
+    return scale_by(to_lane(1.0 / to_lane(state.high + state.low, like), like), 0.0)
 
 
 cdef inline bint is_regular(State state) noexcept nogil:

@@ -90,7 +90,8 @@ cdef void run_long_strip(
     while first < n:
         size = min(length, n - first)
         copy_strip(<const char*>x + first * x_stride, x_stride, columns, size, tiles, tile_size, job.storage)
-        fold_tiles(tiles, tile_size, columns, size, nothing, apart, row_offsets, references, largest, high, low)
+        fold_tiles(
+            tiles, tile_size, columns, size, nothing, apart, is_coarse(job), row_offsets, references, largest, high, low)
         for t in range(columns.n_tiles):
             for row in range(columns.count[t]):
                 state = state_in_lane(row, references + t * REFERENCE, largest[t], high[t], low[t])
@@ -103,19 +104,23 @@ cdef void run_long_strip(
     for t in range(columns.n_tiles):
         for row in range(columns.count[t]):
             put_finish(
-                within_range(totals[t * MAX_LANES + row], like), job.function, row, references + t * REFERENCE,
+                within_range(totals[t * MAX_LANES + row], like), job.function, is_coarse(job), row, references + t * REFERENCE,
                 finishers + t * FINISHERS, log_sums + t)
     first = 0
     while first < n and job.function != LOGSUMEXP:
         size = min(length, n - first)
         copy_strip(<const char*>x + first * x_stride, x_stride, columns, size, tiles, tile_size, job.storage)
-        if job.function == SOFTMAX:
+        if vec is f32v and is_coarse(job):
+            write_tiles(
+                COARSE_EXP_SCALE, <const vec*>tiles, tile_size, columns, size, references, <const vec*>finishers,
+                <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
+        elif job.function == SOFTMAX:
             write_tiles(
                 EXP_SCALE, <const vec*>tiles, tile_size, columns, size, references, <const vec*>finishers,
                 <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         else:
             finish_tiles(
-                <const vec*>tiles, tile_size, columns, size, LOG_SOFTMAX, <const vec*>finishers,
+                <const vec*>tiles, tile_size, columns, size, LOG_SOFTMAX, False, <const vec*>finishers,
                 <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         first += size
 
@@ -134,7 +139,7 @@ cdef inline State state_in_lane(int row, const vec* reference, vec largest, vec 
 
 
 cdef inline void put_finish(
-    State total, Function function, int row, vec* references, vec* finishers, vec* log_sums
+    State total, Function function, bint coarse, int row, vec* references, vec* finishers, vec* log_sums
 ) noexcept nogil:
     """Set what the second pass needs to write one row of a tile; for logsumexp, its result."""
     cdef vec[REFERENCE] reference
@@ -147,7 +152,7 @@ cdef inline void put_finish(
     elif not is_regular(total):
         put_scale(finishers, row, scale_by(INFINITY - INFINITY, 0.0))
     else:
-        put_scale(finishers, row, scale_of(total, like))
+        put_scale(finishers, row, coarse_scale_of(total, like) if coarse else scale_of(total, like))
         make_reference(splat(total.offset, like), splat(total.exponent, like), reference)
         for i in range(REFERENCE):
             put(references + i, row, lane(reference[i], 0))
@@ -183,10 +188,10 @@ cdef void run_strip(
         run_long_strip(x, job.row.x_stride[0], y, job.row.y_stride[0], &columns, n, job, tiles, log_sums)
     else:
         copy_strip(x, job.row.x_stride[0], &columns, n, tiles, tile_size, job.storage)
-        reduce_tiles(tiles, tile_size, &columns, n, upcoming, job.function, finishers, log_sums)
+        reduce_tiles(tiles, tile_size, &columns, n, upcoming, job.function, is_coarse(job), finishers, log_sums)
         finish_tiles(
-            <const vec*>tiles, tile_size, &columns, n, job.function, <const vec*>finishers, y, job.row.y_stride[0],
-            job.streaming, job.storage)
+            <const vec*>tiles, tile_size, &columns, n, job.function, is_coarse(job), <const vec*>finishers, y,
+            job.row.y_stride[0], job.streaming, job.storage)
     if job.function == LOGSUMEXP:
         for t in range(columns.n_tiles):
             store_stored(

@@ -13,48 +13,52 @@ cdef enum:
 
 
 cdef inline void turn(
-    const vec* source, Py_ssize_t source_stride, Py_ssize_t n_rows, Py_ssize_t n_columns, vec* target,
-    Py_ssize_t target_stride
+    const void* source, Py_ssize_t source_stride, Py_ssize_t n_rows, Py_ssize_t n_columns, void* target,
+    Py_ssize_t target_stride, Storage source_storage, Storage target_storage, const vec* like
 ) noexcept nogil:
     """Copy rows of adjacent elements as columns, square by square; strides are in bytes.
 
     Whole squares have a copy of the code that decides nothing: (1000, 10) float32 take 7.6 us, and took 9.3 before that
     and the zips of `transpose`.
     """
-    cdef Py_ssize_t row = 0, column, width = lanes(source)
+    cdef Py_ssize_t row = 0, column, width = lanes(like)
+    cdef Py_ssize_t source_size = stored_size(source_storage, like), target_size = stored_size(target_storage, like)
+    cdef const char* from_square
+    cdef char* to_square
     while row < n_rows:
         column = 0
         while column < n_columns:
+            from_square = <const char*>source + row * source_stride + column * source_size
+            to_square = <char*>target + column * target_stride + row * target_size
             if n_rows - row >= width:
                 turn_square(
-                    at(below(source, row, source_stride), column), source_stride, <int>width,
-                    <int>min(width, n_columns - column), <vec*>at(below(<const vec*>target, column, target_stride), row),
-                    target_stride)
+                    from_square, source_stride, <int>width, <int>min(width, n_columns - column), to_square, target_stride,
+                    source_storage, target_storage, like)
             else:
                 turn_square(
-                    at(below(source, row, source_stride), column), source_stride, <int>(n_rows - row),
-                    <int>min(width, n_columns - column), <vec*>at(below(<const vec*>target, column, target_stride), row),
-                    target_stride)
+                    from_square, source_stride, <int>(n_rows - row), <int>min(width, n_columns - column), to_square,
+                    target_stride, source_storage, target_storage, like)
             column += width
         row += width
 
 
 cdef inline void turn_square(
-    const vec* source, Py_ssize_t source_stride, int height, int breadth, vec* target, Py_ssize_t target_stride
+    const char* source, Py_ssize_t source_stride, int height, int breadth, char* target, Py_ssize_t target_stride,
+    Storage source_storage, Storage target_storage, const vec* like
 ) noexcept nogil:
     cdef vec[MAX_LANES] square
-    cdef vec fill = splat(0.0, source)
+    cdef vec fill = splat(0.0, like)
     cdef int i
-    for i in range(lanes(source)):
+    for i in range(lanes(like)):
         square[i] = fill
         if i < height:
-            square[i] = load_first(below(source, i, source_stride), breadth, fill)
+            square[i] = load_stored(source + i * source_stride, breadth, fill, source_storage)
     transpose(square)
     for i in range(breadth):
-        if height == lanes(source):  # a load has to wait for a store by a mask
-            store(<vec*>below(<const vec*>target, i, target_stride), square[i])
+        if height == lanes(like) and target_storage == AS_COMPUTED:  # a load has to wait for a store by a mask
+            store(<vec*>(target + i * target_stride), square[i])
         else:
-            store_first(<vec*>below(<const vec*>target, i, target_stride), square[i], height)
+            store_stored(target + i * target_stride, square[i], height, target_storage)
 
 
 cdef inline const vec* below(const vec* p, Py_ssize_t row, Py_ssize_t stride) noexcept nogil:
@@ -100,32 +104,32 @@ cdef struct Upcoming:  # what is probably read next, fetched while terms are com
 
 
 cdef inline void fold_tile_elements(
-    vec* tile, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart, bint moderate, const vec* reference, vec* tops,
-    vec* highs, vec* lows
+    vec* tile, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart, Arithmetic arithmetic, const vec* reference,
+    vec* tops, vec* highs, vec* lows
 ) noexcept nogil:
     """Fold the elements into their lanes' sums; with `keep`, terms take the place of the elements."""
     cdef int n_lanes = lanes_with_elements(n, reference), l = 0
     while l + TOGETHER <= n_lanes:
-        fold_lanes(tile, l, TOGETHER, n, upcoming, keep, apart, moderate, reference, tops + l, highs + l, lows + l)
+        fold_lanes(tile, l, TOGETHER, n, upcoming, keep, apart, arithmetic, reference, tops + l, highs + l, lows + l)
         l += TOGETHER
     while l < n_lanes:
-        fold_lanes(tile, l, 1, n, upcoming, keep, apart, moderate, reference, tops + l, highs + l, lows + l)
+        fold_lanes(tile, l, 1, n, upcoming, keep, apart, arithmetic, reference, tops + l, highs + l, lows + l)
         l += 1
 
 
 cdef inline void fold_lanes(
-    vec* tile, int first, int count, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart, bint moderate,
-    const vec* reference, vec* tops, vec* highs, vec* lows
+    vec* tile, int first, int count, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart,
+    Arithmetic arithmetic, const vec* reference, vec* tops, vec* highs, vec* lows
 ) noexcept nogil:
     """Fold the elements of `count` lanes, from the `first` on."""
     cdef vec[TOGETHER] terms, top, high, low, earlier
-    cdef vec zero = splat(0.0, reference), base = zero if apart else sum_base(reference)
+    cdef vec zero = splat(0.0, reference), base = zero if apart or arithmetic == COARSE else sum_base(reference)
     cdef Py_ssize_t element = first, end_of_run = first + RUN * lanes(reference)
     cdef int j
     for j in range(count):
         top[j], high[j], low[j], earlier[j] = splat(-INFINITY, reference), base, zero, zero
     while element + count <= n:
-        fold_registers(tile + element, terms, count, top, high, low, apart, moderate, reference, 1)
+        fold_registers(tile + element, terms, count, top, high, low, apart, arithmetic, reference, 1)
         for j in range(count):
             prefetch(upcoming.place + (element + j) * upcoming.stride)
             if keep:
@@ -134,33 +138,45 @@ cdef inline void fold_lanes(
         if element == end_of_run:
             end_of_run += RUN * lanes(reference)
             for j in range(count):
-                earlier[j], low[j] = earlier[j] + low[j], zero
+                if arithmetic == COARSE:
+                    earlier[j], high[j] = earlier[j] + high[j], zero
+                else:
+                    earlier[j], low[j] = earlier[j] + low[j], zero
     for j in range(count):
         if element + j < n:  # in the last row of lanes, which is shorter
-            fold_registers(tile + element + j, terms, 1, top + j, high + j, low + j, apart, moderate, reference, 1)
+            fold_registers(tile + element + j, terms, 1, top + j, high + j, low + j, apart, arithmetic, reference, 1)
             prefetch(upcoming.place + (element + j) * upcoming.stride)
             if keep:
                 tile[element + j] = terms[0]
-        tops[j], highs[j], lows[j] = top[j], high[j] - base, earlier[j] + low[j]
+        if arithmetic == COARSE:
+            highs[j], lows[j] = earlier[j] + high[j], zero
+        else:
+            tops[j], highs[j], lows[j] = top[j], high[j] - base, earlier[j] + low[j]
 
 
 cdef void sum_tile(
-    vec* tile, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart, vec largest, vec smallest, const vec* reference,
-    vec* high, vec* low
+    vec* tile, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart, Arithmetic arithmetic, vec largest,
+    const vec* reference, vec* high, vec* low
 ) noexcept nogil:
     cdef vec[MAX_LANES] tops, highs, lows
+    cdef int n_lanes = lanes_with_elements(n, reference)
+    if vec is f32v and arithmetic == COARSE:
+        fold_tile_elements(tile, n, upcoming, True, False, COARSE, reference, tops, highs, lows)
+        merge_coarse_lanes(highs, n_lanes)
+        high[0], low[0] = highs[0], splat(0.0, reference)
+        return
     if apart:
-        fold_tile_elements(tile, n, upcoming, False, True, False, reference, tops, highs, lows)
-    elif are_moderate(smallest, reference):
+        fold_tile_elements(tile, n, upcoming, False, True, FULL, reference, tops, highs, lows)
+    elif arithmetic == MODERATE:
         if keep:
-            fold_tile_elements(tile, n, upcoming, True, False, True, reference, tops, highs, lows)
+            fold_tile_elements(tile, n, upcoming, True, False, MODERATE, reference, tops, highs, lows)
         else:
-            fold_tile_elements(tile, n, upcoming, False, False, True, reference, tops, highs, lows)
+            fold_tile_elements(tile, n, upcoming, False, False, MODERATE, reference, tops, highs, lows)
     elif keep:
-        fold_tile_elements(tile, n, upcoming, True, False, False, reference, tops, highs, lows)
+        fold_tile_elements(tile, n, upcoming, True, False, FULL, reference, tops, highs, lows)
     else:
-        fold_tile_elements(tile, n, upcoming, False, False, False, reference, tops, highs, lows)
-    merge_lanes(tops, largest, lanes_with_elements(n, reference), apart, reference, highs, lows)
+        fold_tile_elements(tile, n, upcoming, False, False, FULL, reference, tops, highs, lows)
+    merge_lanes(tops, largest, n_lanes, apart, reference, highs, lows)
     high[0], low[0] = highs[0], lows[0]
 
 
@@ -177,7 +193,7 @@ cdef inline vec tile_extremes(const vec* tile, Py_ssize_t n, vec* smallest) noex
 
 cdef void fold_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, bint apart,
-    const vec* row_offsets, vec* references, vec* largest, vec* high, vec* low
+    bint coarse, const vec* row_offsets, vec* references, vec* largest, vec* high, vec* low
 ) noexcept nogil:
     """The references, maxima and sums of the rows over a chunk; without the maxima apart, tiles become their terms.
 
@@ -186,15 +202,20 @@ cdef void fold_tiles(
     """
     cdef vec[MAX_TILES] smallest
     cdef vec enough, high_apart, low_apart
+    cdef Arithmetic arithmetic
     cdef vec* tile
     cdef int t, row
     for t in range(columns.n_tiles):
         largest[t] = tile_extremes(<const vec*>tiles + t * tile_size, n, smallest + t)
     for t in range(columns.n_tiles):
-        reference_at(largest[t], row_offsets[t], references + t * REFERENCE)
+        if coarse:
+            coarse_reference_at(largest[t], references + t * REFERENCE)
+        else:
+            reference_at(largest[t], row_offsets[t], references + t * REFERENCE)
     for t in range(columns.n_tiles):
+        arithmetic = COARSE if coarse else arithmetic_for(smallest[t], references + t * REFERENCE)
         sum_tile(
-            tiles + t * tile_size, n, upcoming, not apart, False, largest[t], smallest[t], references + t * REFERENCE,
+            tiles + t * tile_size, n, upcoming, not apart, False, arithmetic, largest[t], references + t * REFERENCE,
             high + t, low + t)
         upcoming.place += upcoming.tile_stride
     for t in range(columns.n_tiles):
@@ -204,7 +225,7 @@ cdef void fold_tiles(
             enough = load_first(&enough, columns.count[t], splat(-INFINITY, references))
             if any_greater(enough, high[t]):
                 sum_tile(
-                    tile, n, upcoming, False, True, largest[t], smallest[t], references + t * REFERENCE, &high_apart,
+                    tile, n, upcoming, False, True, FULL, largest[t], references + t * REFERENCE, &high_apart,
                     &low_apart)
                 low[t] = where_at_most(enough, high[t], low[t], low_apart)
                 high[t] = where_at_most(enough, high[t], high[t], high_apart)
@@ -221,7 +242,7 @@ cdef inline void write_tiles(
     const vec* finishers, void* y, Py_ssize_t y_stride, bint streaming, Storage storage
 ) noexcept nogil:
     """Write tiles side by side, n elements of each row; each tile has its own reference and finishers."""
-    cdef bint has_ties = kind != SUBTRACT and any_ties(finishers, columns.n_tiles), is_streamed
+    cdef bint has_ties = kind in (SCALE, EXP_SCALE) and any_ties(finishers, columns.n_tiles), is_streamed
     cdef Py_ssize_t element, size = stored_size(storage, tiles)
     cdef vec value
     cdef char* place
@@ -263,7 +284,7 @@ cdef inline bint any_ties(const vec* finishers, int n_tiles) noexcept nogil:
 
 cdef void reduce_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, Function function,
-    vec* finishers, vec* y
+    bint coarse, vec* finishers, vec* y
 ) noexcept nogil:
     """Make terms of the logits for softmax, and find what finishes elements; write logsumexp, which is all there is."""
     cdef vec[MAX_TILES] row_offsets, largest, high, low
@@ -272,8 +293,12 @@ cdef void reduce_tiles(
     cdef int t
     for t in range(columns.n_tiles):
         row_offsets[t] = splat(0.0, y)
-    fold_tiles(tiles, tile_size, columns, n, upcoming, function != SOFTMAX, row_offsets, references, largest, high, low)
+    fold_tiles(
+        tiles, tile_size, columns, n, upcoming, function != SOFTMAX, coarse, row_offsets, references, largest, high, low)
     for t in range(columns.n_tiles):
+        if coarse:
+            coarse_normalize_rows(high[t], finishers + t * FINISHERS)
+            continue
         if function == SOFTMAX:
             normalize_rows(largest[t], high[t], low[t], references + t * REFERENCE, finishers + t * FINISHERS)
             continue
@@ -287,10 +312,13 @@ cdef void reduce_tiles(
 
 cdef inline void finish_tiles(
     const vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Function function,
-    const vec* finishers, void* y, Py_ssize_t y_stride, bint streaming, Storage storage
+    bint coarse, const vec* finishers, void* y, Py_ssize_t y_stride, bint streaming, Storage storage
 ) noexcept nogil:
     """Write what `reduce_tiles` has prepared."""
-    if function == SOFTMAX:
+    if vec is f32v and coarse:
+        write_tiles(
+            COARSE_SCALE, tiles, tile_size, columns, n, <const vec*>NULL, finishers, y, y_stride, streaming, storage)
+    elif function == SOFTMAX:
         write_tiles(SCALE, tiles, tile_size, columns, n, <const vec*>NULL, finishers, y, y_stride, streaming, storage)
     elif function == LOG_SOFTMAX:
         write_tiles(SUBTRACT, tiles, tile_size, columns, n, <const vec*>NULL, finishers, y, y_stride, streaming, storage)
@@ -311,6 +339,17 @@ cdef void run_turned(
     const vec* x, vec* y, const Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* tiles
 ) noexcept nogil:
     """Run n_rows contiguous short rows, of at most TURNED_TILES tiles, from `first` on."""
+    if vec is f32v and job.storage == FLOAT16:
+        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, FLOAT16)
+    elif vec is f32v and job.storage == BFLOAT16:
+        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, BFLOAT16)
+    else:
+        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, AS_COMPUTED)
+
+
+cdef inline void run_turned_stored_as(
+    const vec* x, vec* y, const Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* tiles, Storage storage
+) noexcept nogil:
     cdef Py_ssize_t x_stride = job.kept.x_stride[0], y_stride = job.kept.y_stride[0]
     cdef vec* rows
     cdef Columns all_rows = share_out(n_rows, 0, x), whole_tile = share_out(lanes(x), 0, x)
@@ -318,25 +357,27 @@ cdef void run_turned(
     cdef vec[TURNED_TILES] log_sums
     cdef vec* tile
     cdef Upcoming upcoming
+    cdef bint coarse = storage != AS_COMPUTED and job.function == SOFTMAX
     cdef int t
-    upcoming.place, upcoming.stride = <const char*>below(x, first + n_rows, x_stride), REGISTER_BYTES
-    upcoming.tile_stride = n * REGISTER_BYTES
+    upcoming.place, upcoming.stride = <const char*>below(x, first + n_rows, x_stride), lanes(x) * stored_size(storage, x)
+    upcoming.tile_stride = n * upcoming.stride
     x, y = below(x, first, x_stride), <vec*>below(<const vec*>y, first, y_stride)
     rows = tiles + TURNED_TILES * n if job.streaming else y  # scratch that results are streamed from
     for t in range(all_rows.n_tiles):
         turn(
-            below(x, t * lanes(x), x_stride), x_stride, all_rows.count[t], n, tiles + t * n, REGISTER_BYTES)
-    reduce_tiles(tiles, n, &all_rows, n, upcoming, job.function, finishers, log_sums)
+            below(x, t * lanes(x), x_stride), x_stride, all_rows.count[t], n, tiles + t * n, REGISTER_BYTES, storage,
+            AS_COMPUTED, x)
+    reduce_tiles(tiles, n, &all_rows, n, upcoming, job.function, coarse, finishers, log_sums)
     if job.function == LOGSUMEXP:
-        turn(<const vec*>log_sums, REGISTER_BYTES, 1, n_rows, y, y_stride)
+        turn(log_sums, REGISTER_BYTES, 1, n_rows, y, y_stride, AS_COMPUTED, storage, x)
         return
     for t in range(all_rows.n_tiles):
         tile = tiles + t * n
         finish_tiles(
-            <const vec*>tile, n, &whole_tile, n, job.function, <const vec*>finishers + t * FINISHERS, tile,
+            <const vec*>tile, n, &whole_tile, n, job.function, coarse, <const vec*>finishers + t * FINISHERS, tile,
             REGISTER_BYTES, False, AS_COMPUTED)
         turn(
-            <const vec*>tile, REGISTER_BYTES, n, all_rows.count[t],
-            <vec*>below(<const vec*>rows, t * lanes(x), y_stride), y_stride)
+            tile, REGISTER_BYTES, n, all_rows.count[t], <vec*>below(<const vec*>rows, t * lanes(x), y_stride), y_stride,
+            AS_COMPUTED, storage, x)
     if job.streaming:
         stream_elements(<const vec*>rows, y, n_rows * n)

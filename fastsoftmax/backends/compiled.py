@@ -161,36 +161,37 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
     caches = _schedule.cache_sizes()
     # Input and output together leave the last cache: what is written will not be read from there.
-    streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level and layout.itemsize > 2
+    streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
     itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
-    short = layout.n_cols <= _MAX_TILE_COLS.get(layout.itemsize, 0) and layout.n_rows >= _MIN_TILE_ROWS
+    short = layout.n_cols <= _MAX_TILE_COLS[itemsize] and layout.n_rows >= _MIN_TILE_ROWS
     if function in CROSS_ENTROPIES:
         return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
     if function in VJPS:
         return _make_vjp_schedule(function, layout, in_place, max_threads)
     if function == "weighted_logsumexp":
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
-    elif layout.itemsize == 2 and layout.has_contiguous_rows:
-        traversal, n_units, unit_bytes = "gather", layout.n_rows, 0
+    elif layout.itemsize == 2 and layout.has_contiguous_rows and layout.n_cols * itemsize > _kernels.chunk_bytes:
+        traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal, n_units, unit_bytes = "tiles", layout.n_rows, 0
-        streaming &= layout.kept[0].y_stride == layout.n_cols * layout.itemsize
+        streaming &= layout.kept[0].y_stride == layout.n_cols * layout.itemsize and layout.itemsize > 2
     elif layout.has_contiguous_rows:
-        traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * layout.itemsize
+        traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * itemsize
         n_chunks = -(-unit_bytes // _kernels.chunk_bytes)
         if n_threads > 1 and n_units < n_threads * _schedule.BLOCKS_PER_THREAD and n_chunks >= 2 * n_threads:
             traversal, n_units = "split", n_chunks
     elif layout.has_adjacent_rows:
         n_strips = -(-layout.kept[-1].size * itemsize // _kernels.strip_bytes(layout.n_cols))
         traversal, n_units, unit_bytes = "strips", layout.n_rows // layout.kept[-1].size * n_strips, 0
+        streaming &= layout.itemsize > 2
     else:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
     exponentials: Exponentials = "none"
     if function == "softmax":
         if traversal in ("gather", "strips"):
             exponentials = "scratch" if layout.n_cols * itemsize <= _kernels.chunk_bytes else "recompute"
-        elif traversal in ("rows", "split") and not (streaming or in_place):
+        elif traversal in ("rows", "split") and not (streaming or in_place or layout.itemsize == 2):
             exponentials = "output"
         else:
             exponentials = "scratch" if unit_bytes <= caches.last_level // _SCRATCH_SHARE else "recompute"
