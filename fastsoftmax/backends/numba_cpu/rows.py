@@ -50,6 +50,7 @@ from .terms import (
     exp_parts,
     exponent_of,
     maximum,
+    minimum,
     normalize,
     reference_at,
     rest_over_top,
@@ -183,20 +184,27 @@ def store_within(y, at, n, v):
 
 
 @jit
-def lane_maxima(x, at, n):
-    """The maximum of each lane over all elements that are not NaN; elements may be in any lane."""
-    fill = group_of(x, -math.inf)
-    tops, done = fill, 0
-    if n >= 2 * lanes_in(fill):  # elements may be looked at twice, so the first group ends wherever
-        tops = maximum(load(x, at, fill), fill)
-        done = to_boundary(x, at)
-    while done < n:
-        tops = maximum(load_within(x, at + done, n - done, fill), tops)  # in this order a NaN is passed over
-        done += lanes_in(fill)
-    result = register_of(x, -math.inf)
+def lane_extremes(x, at, n):
+    """The maximum and the minimum of lanes over all elements that are not NaN; elements may be in any lane."""
+    nothing, everything = group_of(x, -math.inf), group_of(x, math.inf)
+    tops, bottoms, done = nothing, everything, 0
+    # In this order of operands a NaN is passed over.
+    if n >= 2 * lanes_in(nothing):  # elements may be looked at twice, so the first group ends wherever
+        v = load(x, at, nothing)
+        tops, bottoms, done = maximum(v, nothing), minimum(v, everything), to_boundary(x, at)
+    while done + lanes_in(nothing) <= n:
+        v = load(x, at + done, nothing)
+        tops, bottoms = maximum(v, tops), minimum(v, bottoms)
+        done += lanes_in(nothing)
+    if done < n:
+        tops = maximum(load_first(x, at + done, n - done, nothing), tops)
+        bottoms = minimum(load_first(x, at + done, n - done, everything), bottoms)
+    top, bottom = register_of(x, -math.inf), register_of(x, math.inf)
     for part in parts(tops):
-        result = maximum(part, result)
-    return result
+        top = maximum(part, top)
+    for part in parts(bottoms):
+        bottom = minimum(part, bottom)
+    return top, bottom
 
 
 @inline
@@ -216,10 +224,19 @@ def fold_logits(logits, high, low, reference):
     return term, high, low
 
 
+@inline
+def sum_segment(x, at, n, smallest, reference, keep, terms, terms_at):
+    """The sums of the lanes; with `keep`, the terms too. `smallest` are minima of the elements."""
+    if any_of(smallest < reference.floor) or any_of(size_of(reference.offset) > 0.0):
+        return sum_terms(x, at, n, group_of(x, -math.inf), of_group(reference), keep, terms, terms_at)
+    # Two operations less: (1024, 1024) float32 take 8 % less.
+    moderate = Reference(None, None, repeat(reference.magic))
+    return sum_terms(x, at, n, repeat(reference.floor), moderate, keep, terms, terms_at)
+
+
 @jit
-def sum_segment(x, at, n, reference, keep, terms, terms_at):
-    """The sums of the lanes; with `keep`, the terms too."""
-    fill, wide = group_of(x, -math.inf), of_group(reference)
+def sum_terms(x, at, n, fill, wide, keep, terms, terms_at):
+    """The sums of the lanes, where `fill` stands behind the end."""
     base = sum_base(fill)
     high, low = register_of(x, base), register_of(x, 0.0)
     done = 0
@@ -276,11 +293,15 @@ def add_registers(x, count, work):
 
 @jit
 def find_maxima(x, count, work):
-    """The maxima of segments, a segment in each lane."""
+    """The maxima of segments, a segment in each lane; the square of low sums has the minima of each for the time being."""
     like = register_of(x, 0.0)
     width = lanes_in(like)
     for s in range(width):
-        store(work.tops, s * width, lane_maxima(x, work.places[s], work.sizes[s]) if s < count else like)
+        top = bottom = like
+        if s < count:
+            top, bottom = lane_extremes(x, work.places[s], work.sizes[s])
+        store(work.tops, s * width, top)
+        store(work.lows, s * width, bottom)
     turn(work.tops, 0, width, width, width, work.tops, 0, width, width, width)
     largest = load(work.tops, 0, like)
     for i in range(1, width):
@@ -293,12 +314,14 @@ def fold_segments(x, count, keep, terms, work):
     """Fold segments whole; with `keep`, their terms are stored."""
     largest = find_maxima(x, count, work)
     reference = reference_at(largest)
-    width = lanes_in(largest)
+    like = register_of(x, 0.0)
+    width = lanes_in(like)
     for s in range(width):
-        high = low = register_of(x, 0.0)
+        high = low = like
         if s < count:
+            smallest = load(work.lows, s * width, like)
             high, low = sum_segment(
-                x, work.places[s], work.sizes[s], reference_in(reference, s, x), keep, terms, work.terms[s]
+                x, work.places[s], work.sizes[s], smallest, reference_in(reference, s, x), keep, terms, work.terms[s]
             )
         store(work.highs, s * width, high)
         store(work.lows, s * width, low)

@@ -114,12 +114,17 @@ def _powers(dtype):
 
 
 def _roots_of_two(dtype):
-    """2**(j / powers), rounded, and their relative errors."""
+    """2**(j / powers), rounded, and their relative errors.
+
+    Adding k, shifted to the exponent of an element, adds j / powers to its significand along with it. The elements are
+    less by that, which below 1 counts half.
+    """
     with localcontext() as context:
         context.prec = 40
         exact = [Decimal(2) ** (Decimal(j) / _powers(dtype)) for j in range(_powers(dtype))]
         rounded = [float(np.dtype(str(dtype)).type(root)) for root in exact]
-        return rounded, [float(root / Decimal(near) - 1) for root, near in zip(exact, rounded, strict=True)]
+        lowered = [1.0 - (j / _powers(dtype) - (root - 1.0)) / 2.0 for j, root in enumerate(rounded)]
+        return lowered, [float(root / Decimal(near) - 1) for root, near in zip(exact, rounded, strict=True)]
 
 
 @intrinsic
@@ -143,15 +148,14 @@ def multiply_add(builder, a, b, c):
 
 @intrinsic
 def times_power(typing_context, v, magic):
-    """v * 2**k, where the lowest bits of `magic` hold powers * k + j, and both are normal numbers."""
+    """v * 2**k, where the lowest bits of `magic` hold powers * k + j, and v is element j of the table."""
     bits, significand = (32, 23) if v.dtype == types.float32 else (64, 52)
-    dropped = _powers(v.dtype).bit_length() - 1
+    below = _powers(v.dtype).bit_length() - 1
 
     def generate(context, builder, signature, operands):
         integers = ir.VectorType(ir.IntType(bits), v.lanes)
         image, shifted = (builder.bitcast(operand, integers) for operand in operands)
-        power = builder.lshr(shifted, ir.Constant(integers, [dropped] * v.lanes))
-        power = builder.shl(power, ir.Constant(integers, [significand] * v.lanes))
+        power = builder.shl(shifted, ir.Constant(integers, [significand - below] * v.lanes))
         return builder.bitcast(builder.add(image, power), operands[0].type)
 
     return v(v, magic), generate
@@ -159,7 +163,7 @@ def times_power(typing_context, v, magic):
 
 @intrinsic
 def root_of_two(typing_context, magic):
-    """2**(j / powers), rounded, and its relative error, where the lowest bits of `magic` hold j."""
+    """Element j of the table, and its relative error, where the lowest bits of `magic` hold j."""
     dtype, lanes = magic.dtype, lanes_of(magic.dtype)
     permute = {
         (32, 64): "llvm.x86.avx512.permvar.sf.512",
@@ -198,8 +202,17 @@ def size_of(v):
     return maximum(v, 0.0 - v)
 
 
+@inline
+def minimum(a, b):
+    """The smaller of each lane; `b` where either is NaN."""
+    return where(a < b, a, b)
+
+
 class Reference(NamedTuple):
-    """What terms are relative to, a value in each lane."""
+    """What terms are relative to, a value in each lane.
+
+    Without an offset and a floor, for elements whose offset is 0 and which are above the floor.
+    """
 
     offset: Any
     floor: Any  # what lies further below the offset is raised to here: it contributes less than any result can show
@@ -233,6 +246,21 @@ def reference_at(largest):
     return make_reference(offset, exponent - c.top)
 
 
+def difference(x, reference):
+    """x - offset, raised to the floor."""
+
+
+@by_dtype(difference)
+def _select_difference(x, reference):
+    def any_difference(x, reference):
+        return maximum(reference.floor, x - reference.offset)
+
+    def moderate_difference(x, reference):
+        return x
+
+    return moderate_difference if reference.types[0] is types.none else any_difference
+
+
 def exp_parts(x, reference):
     """Terms as head + factor * rest, where the product is below a tenth of the head.
 
@@ -243,7 +271,7 @@ def exp_parts(x, reference):
 
 def _exp_parts_by_table(x, reference):
     c = constants(x)
-    z = maximum(reference.floor, x - reference.offset)
+    z = difference(x, reference)
     magic = fma(z, c.powers * _LOG2_E, reference.magic)
     k = magic - reference.magic
     r = fma(k, -c.ln2_low / c.powers, fma(k, -c.ln2_high / c.powers, z))
@@ -254,7 +282,7 @@ def _exp_parts_by_table(x, reference):
 
 def _exp_parts_by_polynomial(x, reference):
     c = constants(x)
-    z = maximum(reference.floor, x - reference.offset)
+    z = difference(x, reference)
     magic = fma(z, _LOG2_E, reference.magic)
     k = magic - reference.magic
     high = fma(k, -c.ln2_high, z)
