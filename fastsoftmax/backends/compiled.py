@@ -169,9 +169,8 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
         return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
     if function in VJPS:
         return _make_vjp_schedule(function, layout, in_place, max_threads)
-    if function == "weighted_logsumexp":
-        traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
-    elif layout.itemsize == 2 and layout.has_contiguous_rows and layout.n_cols * itemsize > _kernels.chunk_bytes:
+    is_long = layout.n_cols * itemsize > _kernels.chunk_bytes
+    if function == "weighted_logsumexp" or (layout.itemsize == 2 and layout.has_contiguous_rows and is_long):
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal, n_units, unit_bytes = "tiles", layout.n_rows, 0

@@ -293,7 +293,7 @@ def add_registers(x, count, work):
 
 @jit
 def find_maxima(x, count, work):
-    """The maxima of segments, a segment in each lane; the square of low sums has the minima of each for the time being."""
+    """The maxima of segments, a segment in each lane; the minima of each go to where low sums will be."""
     like = register_of(x, 0.0)
     width = lanes_in(like)
     for s in range(width):
