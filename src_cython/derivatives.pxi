@@ -643,5 +643,6 @@ cdef int run_remembered_vjp(const Remembered* schedule, cnp.ndarray x, cnp.ndarr
     cdef Job job
     lay_out(&schedule.shape, &job.kept, &job.row)
     call.function, call.traversal, call.streaming = schedule.shape.function, schedule.traversal, schedule.streaming
-    call.storage, call.kept, call.row, call.g_kept, call.g_row = AS_COMPUTED, job.kept, job.row, job.kept, job.row
+    call.storage = storage_of_type(schedule.shape.type_number)
+    call.kept, call.row, call.g_kept, call.g_row = job.kept, job.row, job.kept, job.row
     return run_vjp_call(&call, x, g, out, schedule.n_blocks, schedule.n_threads, cnp.PyArray_SIZE(x) > SMALL_SIZE)

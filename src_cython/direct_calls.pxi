@@ -1,7 +1,7 @@
 """Direct calls: the whole way from the arguments to the result in compiled code, for the most usual of them.
 
 A row of ten elements is computed in 80 ns, and the general way through fastsoftmax/_api.py takes 4.5 us. A call is
-served here if it needs nothing that is decided there: float32 or float64 in C order, one axis or all of them, no other
+served here if it needs nothing that is decided there: a dtype of the kernels in C order, one axis or all of them, no other
 backend forced, nobody who records plans, no exception. For any other call the functions return None, and the general
 way does all of it. The schedule is that of the general way, asked for once and remembered.
 """
@@ -34,6 +34,7 @@ cdef struct Remembered:
 
 
 cdef Remembered[REMEMBERED] remembered
+cdef int bfloat16_number = -1  # NumPy's for the dtype, as far as a general call has met it
 cdef char[MAX_TEXT] threads_text  # of the environment variable, when schedules were chosen
 cdef object choices = None
 cdef object choose_schedule = None
@@ -91,7 +92,7 @@ cdef inline object direct_call(
     source = x
     ndim = cnp.PyArray_NDIM(source)
     shape.function, shape.type_number = function, cnp.PyArray_TYPE(source)
-    if shape.type_number not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64):
+    if shape.type_number not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64, cnp.NPY_FLOAT16, bfloat16_number):
         return None
     if g is not None:
         if not is_plain(g, False):
@@ -166,6 +167,19 @@ cdef inline bint is_plain(object array, bint writeable) noexcept:
     return cnp.PyArray_CheckExact(array) and cnp.PyArray_CHKFLAGS(array, flags) and cnp.PyArray_ISNOTSWAPPED(array)
 
 
+cdef inline Storage storage_of_type(int type_number) noexcept:
+    if type_number == cnp.NPY_FLOAT16:
+        return FLOAT16
+    return BFLOAT16 if type_number == bfloat16_number else AS_COMPUTED
+
+
+cdef inline int size_of_type(int type_number) noexcept:
+    """Bytes of an element in memory."""
+    if storage_of_type(type_number) != AS_COMPUTED:
+        return 2
+    return 4 if type_number == cnp.NPY_FLOAT32 else 8
+
+
 cdef inline bint overlap(cnp.ndarray x, cnp.ndarray y) noexcept:
     cdef const char* x_data = <const char*>cnp.PyArray_DATA(x)
     cdef const char* y_data = <const char*>cnp.PyArray_DATA(y)
@@ -187,15 +201,14 @@ cdef inline Remembered* schedule_of(const Shape* shape) except NULL:
     """The schedule for a shape; Python is asked for it once for each number of threads."""
     cdef size_t mixed = <size_t>shape.outer * 0x9E3779B1u + <size_t>shape.n
     mixed = (mixed * 0x9E3779B1u + <size_t>shape.inner) * 16 + <size_t>shape.function * 2 + shape.in_place
-    mixed = mixed * 2 + (shape.type_number == cnp.NPY_FLOAT64)
+    mixed = mixed * 512 + <size_t>shape.type_number
     cdef Remembered* place = &remembered[(mixed ^ (mixed >> 16)) % REMEMBERED]
     if shape.outer * shape.n * shape.inner > SMALL_SIZE:
         forget_if_threads_changed()
     if place.n_threads == 0 or not same_shape(&place.shape, shape):
         place.n_threads = 0
         traversal, exponentials, place.streaming, place.n_blocks, n_threads = choose_schedule(
-            shape.function, 4 if shape.type_number == cnp.NPY_FLOAT32 else 8, shape.outer, shape.n, shape.inner,
-            shape.in_place)
+            shape.function, size_of_type(shape.type_number), shape.outer, shape.n, shape.inner, shape.in_place)
         place.traversal, place.exponentials = <Traversal><int>traversal, <Exponentials><int>exponentials
         place.shape, place.n_threads = shape[0], n_threads
     return place
@@ -220,13 +233,14 @@ cdef inline int run_remembered(const Remembered* schedule, cnp.ndarray source, c
     """Run a call by its schedule, laid out as the general way does it."""
     cdef Job job
     job.function, job.traversal = schedule.shape.function, schedule.traversal
-    job.exponentials, job.streaming, job.storage = schedule.exponentials, schedule.streaming, AS_COMPUTED
+    job.exponentials, job.streaming = schedule.exponentials, schedule.streaming
+    job.storage = storage_of_type(schedule.shape.type_number)
     lay_out(&schedule.shape, &job.kept, &job.row)
     return run_job(&job, source, target, schedule.n_blocks, schedule.n_threads, cnp.PyArray_SIZE(source) > SMALL_SIZE)
 
 
 cdef inline void lay_out(const Shape* shape, Dimensions* kept, Dimensions* row) noexcept:
-    cdef Py_ssize_t itemsize = 4 if shape.type_number == cnp.NPY_FLOAT32 else 8
+    cdef Py_ssize_t itemsize = size_of_type(shape.type_number)
     cdef bint reduces = shape.function == LOGSUMEXP
     kept.count = row.count = 0
     if shape.outer > 1:

@@ -127,7 +127,10 @@ def run(
     n_blocks, n_threads : int
         Into how many equal parts it is cut, and how many threads share them.
     """
+    global bfloat16_number
     cdef Job job
+    if storage == BFLOAT16:
+        bfloat16_number = cnp.PyArray_TYPE(x)
     job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
     job.streaming, job.storage = streaming, <Storage>storage
     job.kept, job.row = dimensions(kept), dimensions(reduced)
