@@ -86,7 +86,9 @@ def test_the_same_bits(tier, function, direct, general, dtype, rng, shape, axis)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize(("shape", "axis"), [((10,), None), ((64, 1000), 1), ((40, 9, 130), 1), ((300, 7), -1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((10,), None), ((64, 1000), 1), ((40, 9, 130), 1), ((300, 7), -1)], ids=str
+)
 def test_the_same_bits_of_16_bits(tier, function, direct, general, dtype, rng, shape, axis):
     x = rng.normal(size=shape).astype(dtype)
     expected = general(x, axis)  # from which the kernels know NumPy's number of the dtype

@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -242,6 +243,33 @@ def test_results_do_not_depend_on_the_schedule(
                 assert (schedule.traversal, schedule.streaming) == (traversal, streaming)
                 assert schedule.exponentials == (waiting if function == "softmax" else "none")
                 np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize("backend", TIERS, indirect=True)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "traversal"), [((80, 512), "rows"), ((300, 130), "rows"), ((150, 101), "rows"), ((777, 37), "tiles")]
+)
+def test_16_bit_results_do_not_depend_on_the_schedule(backend, monkeypatch, dtype, shape, traversal):
+    """They are those of small caches, of a row alone, of a row that is collected, and of a column."""
+    monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "2")
+    for kind in ("wide", "masked by -inf", "one nan"):
+        x = inputs.values(kind, shape, np.float32).astype(dtype)
+        with caches_of(1 << 20, 1 << 30):
+            expected, natural = run("softmax", x, 1, np.empty_like(x))
+        assert natural == dataclasses.replace(natural, traversal=traversal, exponentials="scratch", streaming=False)
+        with caches_of(1 << 14, 1 << 16):
+            for offset in (0, 1):
+                out = placed(shape, dtype, offset)
+                result, schedule = run("softmax", x, 1, out)
+                assert schedule.streaming == (traversal == "rows" and 4 * x.size > 1 << 16)
+                np.testing.assert_array_equal(result.view(np.uint16), expected.view(np.uint16))
+        alone = np.array([fastsoftmax.softmax(row) for row in x[:20]])
+        np.testing.assert_array_equal(alone.view(np.uint16), expected[:20].view(np.uint16))
+        columns = fastsoftmax.softmax(x.T.copy(), 0)
+        np.testing.assert_array_equal(columns.T.copy().view(np.uint16), expected.view(np.uint16))
+        collected = fastsoftmax.softmax(np.repeat(x, 2, 1)[:, ::2], 1)
+        np.testing.assert_array_equal(collected.copy().view(np.uint16), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize("n_cols", [1, 2, 7, 16, 33, 48])

@@ -162,6 +162,8 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     caches = _schedule.cache_sizes()
     # Input and output together leave the last cache: what is written will not be read from there.
     streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
+    if layout.itemsize == 2:  # other kernels round results where they are
+        streaming &= function == "softmax"
     itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
     short = layout.n_cols <= _MAX_TILE_COLS[itemsize] and layout.n_rows >= _MIN_TILE_ROWS
@@ -188,9 +190,9 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
     exponentials: Exponentials = "none"
     if function == "softmax":
-        if traversal in ("gather", "strips"):
+        if traversal in ("gather", "strips") or layout.itemsize == 2:
             exponentials = "scratch" if layout.n_cols * itemsize <= _kernels.chunk_bytes else "recompute"
-        elif traversal in ("rows", "split") and not (streaming or in_place or layout.itemsize == 2):
+        elif traversal in ("rows", "split") and not (streaming or in_place):
             exponentials = "output"
         else:
             exponentials = "scratch" if unit_bytes <= caches.last_level // _SCRATCH_SHARE else "recompute"
