@@ -78,6 +78,12 @@ cdef inline vec lane_extremes(const vec* x, Py_ssize_t n, vec* smallest) noexcep
     return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]))
 
 
+cdef inline vec lane_maxima(const vec* x, Py_ssize_t n) noexcept nogil:
+    """The maximum of each lane over all elements that are not NaN."""
+    cdef vec smallest
+    return lane_extremes(x, n, &smallest)
+
+
 cdef inline Arithmetic arithmetic_for(vec smallest, const vec* reference) noexcept nogil:
     """FULL, or MODERATE for elements that are so, of which these are the smallest."""
     cdef vec zero = splat(0.0, reference), offset = reference[OFFSET]
@@ -144,9 +150,9 @@ cdef inline int count_within(Py_ssize_t i, Py_ssize_t n, const vec* like) noexce
     return <int>max(<Py_ssize_t>0, min(n - i * lanes(like), <Py_ssize_t>lanes(like)))
 
 
-cdef inline vec load_within(const vec* x, Py_ssize_t i, Py_ssize_t n, vec fill) noexcept nogil:
-    """The i-th register of n elements; `fill` in the lanes behind the end."""
-    return load_first(x + i, count_within(i, n, x), fill)
+cdef inline vec load_within(const vec* x, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    """The i-th register of n elements; -inf in the lanes behind the end."""
+    return load_first(x + i, count_within(i, n, x), splat(-INFINITY, x))
 
 
 cdef inline void store_within(vec* y, Py_ssize_t i, Py_ssize_t n, vec v) noexcept nogil:
@@ -184,13 +190,13 @@ cdef inline void fold_elements(
     # Two registers alone take longer than a group.
     if n > (i + 1) * width:
         for j in range(GROUP):
-            logits[j] = load_within(x, i + j, n, fill)
+            logits[j] = load_first(x + i + j, count_within(i + j, n, x), fill)
         fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, arithmetic, reference, 0)
         for j in range(GROUP):
             if keep:
                 store_within(terms, i + j, n, group[j])
     elif n > i * width:
-        logits[0] = load_within(x, i, n, fill)
+        logits[0] = load_first(x + i, count_within(i, n, x), fill)
         fold_registers(logits, group, 1, &tops, &highs, &lows, apart, arithmetic, reference, 0)
         if keep:
             store_within(terms, i, n, group[0])
@@ -369,7 +375,7 @@ cdef inline void write_elements(
         store(y + i, v[0])
         i += 1
     if i * width < n:
-        v[0] = load_within(source, i, n, fill)
+        v[0] = load_within(source, i, n)
         finish(v, 1, kind, reference, finishers, has_ties)
         store_within(y, i, n, v[0])
 

@@ -59,8 +59,7 @@ cdef void begin_split_row(SplitRow* row) noexcept nogil:
 cdef inline double offset_of_chunk(const vec* x, Py_ssize_t n) noexcept nogil:
     """The offset that the state of the first chunk of a row has."""
     cdef vec[REFERENCE] reference
-    cdef vec smallest, tops = lane_extremes(x, min(n, chunk_length(x)), &smallest)
-    reference_at(largest_lane(tops), splat(0.0, x), reference)
+    reference_at(largest_lane(lane_maxima(x, min(n, chunk_length(x)))), splat(0.0, x), reference)
     return lane(reference[OFFSET], 0)
 
 

@@ -54,7 +54,7 @@ cdef inline void write_row(
         i += GROUP
     while i * width < n:
         store_stored(
-            place + i * width * size, load_within(terms, i, n, fill) * factor, count_within(i, n, terms), storage)
+            place + i * width * size, load_within(terms, i, n) * factor, count_within(i, n, terms), storage)
         i += 1
 
 
