@@ -12,9 +12,12 @@ from fastsoftmax._derivatives import log_softmax_vjp, logsumexp_vjp, softmax_jac
 from fastsoftmax._dispatch import BackendUnavailableError, Plan, available_backends, record_plans, use_backend
 from fastsoftmax._outputs import limit_output_cache
 from fastsoftmax._schedule import Schedule
+from fastsoftmax._streaming import OnlineSoftmax, merge_states
+from fastsoftmax._variants import softmax_one, softmin
 
 __all__ = [
     "BackendUnavailableError",
+    "OnlineSoftmax",
     "Plan",
     "Schedule",
     "available_backends",
@@ -23,11 +26,14 @@ __all__ = [
     "log_softmax_vjp",
     "logsumexp",
     "logsumexp_vjp",
+    "merge_states",
     "record_plans",
     "softmax",
     "softmax_cross_entropy",
     "softmax_jacobian",
+    "softmax_one",
     "softmax_vjp",
+    "softmin",
     "use_backend",
 ]
 

@@ -35,10 +35,16 @@ Function = Literal[
     "logsumexp_vjp",
     "softmax_cross_entropy",
     "dense_cross_entropy",
+    "softmax_one",
+    "fold_states",
+    "normalize",
 ]
 VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"})
 # The dense one has probabilities for targets, or capped logits.
 CROSS_ENTROPIES: frozenset[Function] = frozenset({"softmax_cross_entropy", "dense_cross_entropy"})
+# These visit rows in bands (see src_cython/bands.pxi). The last two are the ways of `OnlineSoftmax` into and out of its
+# states.
+BANDED: frozenset[Function] = frozenset({"softmax_one", "fold_states", "normalize"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ class BackendModule(Protocol):
     """What a module in `fastsoftmax.backends` offers.
 
     ``READS`` names the 16-bit dtypes that it reads and writes as they are, and computes in float32; others are
-    converted for it.
+    converted for it. Arrays of states are float64 and have a row for each state: see `fastsoftmax._state.pack`.
     """
 
     READS: frozenset[str]
@@ -116,6 +122,12 @@ class BackendModule(Protocol):
     def run_cross_entropy(
         self, plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
     ) -> None: ...
+
+    def run_states(self, plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array) -> None: ...
+
+    def merge_states(self, states: Array, others: Array, is_single: bool) -> None: ...
+
+    def logsumexp_of_states(self, states: Array, is_single: bool) -> Array: ...
 
 
 class DirectCalls(Protocol):
@@ -410,5 +422,21 @@ def execute_cross_entropy(
     is_dense = terms.labels is None or terms.softcap > 0
     plan = module.plan("dense_cross_entropy" if is_dense else "softmax_cross_entropy", layout, gradient is x)
     module.run_cross_entropy(plan, layout, x, gradient, losses, terms)
+    if (plans := choices.get().plans) is not None:
+        plans.append(plan)
+
+
+def execute_states(
+    module: BackendModule,
+    function: Function,
+    layout: Layout,
+    x: Array,
+    out: Array | None,
+    states: Array,
+    in_place: bool = False,
+) -> None:
+    """`execute` for a function with one state for each row, which "fold_states" changes."""
+    plan = module.plan(function, layout, in_place)
+    module.run_states(plan, layout, x, out, states)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)

@@ -283,6 +283,29 @@ def logsumexp(state: State, precision: Precision) -> float:
     return sum + (error + low)
 
 
+def pack(state: State, precision: Precision) -> tuple[float, float, float, float, float]:
+    """The state as arrays of states hold it: the maximum, offset, exponent, sum and residue."""
+    offset, exponent = reference(state.maximum, precision)
+    if math.isinf(state.maximum):
+        offset = state.maximum  # as the compiled kernels have it
+    return state.maximum, offset, exponent, state.sum, state.residue
+
+
+def unpack(maximum: float, offset: float, exponent: float, sum: float, residue: float, precision: Precision) -> State:
+    """The state from what `pack` made of it, or from a sum with another offset: the compiled kernels choose theirs."""
+    if math.isinf(maximum):
+        return State(maximum, sum, residue)
+    new_offset, new_exponent = reference(maximum, precision)
+    if offset == new_offset:
+        shift = int(exponent - new_exponent)
+        return State(maximum, math.ldexp(sum, shift), math.ldexp(residue, shift))
+    p, low, k = exp_difference(offset, new_offset)
+    product = sum * p
+    shift = int(k + exponent - new_exponent)
+    rest = product_error(sum, p, product) + sum * low + residue * p
+    return State(maximum, math.ldexp(product, shift), math.ldexp(rest, shift))
+
+
 class WeightedState(NamedTuple):
     """What is known of the terms b * exp(a) seen, in float64.
 

@@ -1,9 +1,10 @@
 """The Numba backend on the CPU: for machines where the compiled extension cannot be built.
 
 It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors,
-`terms` has the exponentials, `rows` and `tiles` the traversals. The others are loops over scalars, computed in float64
-with the functions of `scalars`: `weighted` for sums with factors, `derivatives` for vector-Jacobian products, and
-`cross_entropy`. The states of parts of a row merge by the functions of `fastsoftmax._state`.
+`terms` has the exponentials, `rows` and `tiles` the traversals, `streaming` the states that outlive a call. The others
+are loops over scalars, computed in float64 with the functions of `scalars`: `weighted` for sums with factors,
+`derivatives` for vector-Jacobian products, and `cross_entropy`. The states of parts of a row merge by the functions of
+`fastsoftmax._state`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
 from fastsoftmax import _schedule
-from fastsoftmax._dispatch import CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, Function, Plan
+from fastsoftmax._dispatch import BANDED, CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, Function, Plan
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
 
-from . import cross_entropy, derivatives, rows, tiles
+from . import cross_entropy, derivatives, rows, streaming, tiles
 from .weighted import BYTES_OF_WEIGHTED, run_weighted
 
 READS: frozenset[str] = frozenset()
 
 _FUNCTIONS = {"softmax": rows.SOFTMAX, "log_softmax": rows.LOG_SOFTMAX, "logsumexp": rows.LOGSUMEXP}
+_STREAMING_FUNCTIONS = {
+    "fold_states": streaming.FOLD_STATES,
+    "normalize": streaming.NORMALIZE,
+    "softmax_one": streaming.SOFTMAX_ONE,
+}
 _EXPONENTIALS = {
     "output": rows.IN_OUTPUT,
     "scratch": rows.IN_SCRATCH,
@@ -76,6 +82,8 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     if function in VJPS:
         if layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
             traversal, n_units = "strips", _count_strips(layout)
+    elif function in BANDED:
+        traversal = "rows" if layout.has_contiguous_rows else "gather"
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
@@ -140,6 +148,8 @@ def _prepare(plan: Plan, layout: Layout) -> _Call:
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
     if factors is not None and plan.function in VJPS:
         _run_vjp(plan, layout, x, factors.b, out)
+    elif plan.function == "softmax_one":
+        run_states(plan, layout, x, out, None)
     elif factors is not None:
         _run_weighted(plan.schedule, layout, x, out, factors)
     elif plan.schedule.traversal == "split":
@@ -232,6 +242,30 @@ def run_cross_entropy(
         cross_entropy.run_cross_entropy(*arguments, first, end, scratch)
 
     _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
+def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array | None) -> None:
+    n, tables = layout.n_cols, _tables(layout.kept + layout.reduced, layout.itemsize)
+    n_reduced = len(layout.reduced) if plan.schedule.traversal == "gather" else 0
+    function = _STREAMING_FUNCTIONS[plan.function]
+    addresses = tuple(map(_address, (x, out, states, tables)))
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(streaming.bytes_of_streaming(n, layout.itemsize))
+        sizes = (len(layout.kept), n_reduced, n)
+        streaming.run_streaming(_LIKE[layout.itemsize], function, *addresses, *sizes, first, end, scratch)
+
+    _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
+def merge_states(states: Array, others: Array, is_single: bool) -> None:
+    streaming.merge_rows(_LIKE[4 if is_single else 8], _address(states), _address(others), len(states))
+
+
+def logsumexp_of_states(states: Array, is_single: bool) -> Array:
+    log_sums = np.empty(len(states))
+    streaming.logsumexp_of_rows(_LIKE[4 if is_single else 8], _address(states), _address(log_sums), len(states))
+    return log_sums
 
 
 def _address(array: Array | None) -> int:
