@@ -35,6 +35,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Precision(NamedTuple):
@@ -180,6 +181,13 @@ def term(x: float, offset: float, exponent: float, precision: Precision) -> tupl
 def identity() -> State:
     """The state of no element."""
     return State(-math.inf, 0.0, 0.0)
+
+
+def identities(count: int) -> NDArray[np.float64]:
+    """States of no element, as `pack` makes them: an array with a row for each."""
+    states = np.empty((count, 5))
+    states[:] = pack(identity(), FLOAT64)
+    return states
 
 
 def single(x: float) -> State:

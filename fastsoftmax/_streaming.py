@@ -8,6 +8,7 @@ order and on any machine, and a second one writes the probabilities.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 from fastsoftmax import _state
 from fastsoftmax._api import _check_out, _deliver, _dtypes, _is_same_view, _is_writable_as, _read_as
 from fastsoftmax._derivatives import _real_numbers
-from fastsoftmax._dispatch import execute_states, forced_backend, select
+from fastsoftmax._dispatch import execute_states, forced_backend, select_for
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 from fastsoftmax._outputs import empty_like
 
@@ -97,10 +98,10 @@ class OnlineSoftmax:
             If it does not have the axis.
         """
         values, axes, shape = self._rows_of(chunk)
-        states = self._states.copy() if self._dtype is not None else _identities(shape)
+        states = self._states.copy() if self._dtype is not None else _state.identities(math.prod(shape))
         if values.size:
             working, _ = _dtypes(values.dtype, "softmax")
-            module = select(working, values.size, self._backend)
+            module = select_for("OnlineSoftmax", working, values.size, self._backend)
             data = readable(values, _read_as(module, values, working))
             execute_states(module, "fold_states", make_layout(data, axes, data, in_order=True), data, None, states)
         self._dtype, self._shape, self._states = _native(values.dtype), shape, states
@@ -138,7 +139,9 @@ class OnlineSoftmax:
         self._check("other", other._dtype, other._shape)
         working, _ = _dtypes(self._dtype, "softmax")
         states = self._states.copy()
-        select(working, states.size, self._backend).merge_states(states, other._states, working.itemsize == 4)
+        select_for("OnlineSoftmax", working, states.size, self._backend).merge_states(
+            states, other._states, working.itemsize == 4
+        )
         self._states = states
         return self
 
@@ -156,7 +159,7 @@ class OnlineSoftmax:
             If no chunk was seen, so that the shape of the rows is not known.
         """
         working, dtype = _dtypes(self._seen_dtype(), "logsumexp")
-        module = select(working, self._states.size, self._backend)
+        module = select_for("OnlineSoftmax", working, self._states.size, self._backend)
         log_sums = module.logsumexp_of_states(self._states, working.itemsize == 4)
         return _deliver(log_sums.reshape(self._shape), None, dtype)
 
@@ -184,7 +187,7 @@ class OnlineSoftmax:
         self._seen_dtype()
         values, axes, _ = self._rows_of(chunk)
         working, dtype = _dtypes(values.dtype, "softmax")
-        module = select(working, values.size, self._backend)
+        module = select_for("OnlineSoftmax", working, values.size, self._backend)
         if out is not None:
             _check_out(out, values.shape, dtype)
         storage = _read_as(module, values, working)
@@ -257,13 +260,6 @@ def merge_states(a: OnlineSoftmax, b: OnlineSoftmax) -> OnlineSoftmax:
 
 
 _MAX_DIMENSIONS = 64  # of NumPy's arrays
-
-
-def _identities(shape: tuple[int, ...]) -> Array:
-    """States of nothing, as many as the shape has elements."""
-    states = np.empty((int(np.prod(shape)), 5))
-    states[:] = _state.pack(_state.identity(), _state.FLOAT64)
-    return states
 
 
 def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastsoftmax._api import _check_out, _deliver, _dtypes, _map_rows, _numbers, softmax
-from fastsoftmax._dispatch import select
+from fastsoftmax._dispatch import select, select_for
 from fastsoftmax._layout import Array, normalize_axes
 from fastsoftmax._outputs import empty_like
 
@@ -111,4 +111,6 @@ def softmax_one(
     array([[0., 0.],
            [0., 1.]])
     """
-    return _map_rows("softmax_one", _numbers(x, "x"), axis, out, backend)
+    values = _numbers(x, "x")
+    select_for("softmax_one", _dtypes(values.dtype, "softmax")[0], values.size, backend)
+    return _map_rows("softmax_one", values, axis, out, backend)

@@ -16,6 +16,7 @@ cdef struct Rows:
     Traversal traversal  # ROWS, STRIPS or GATHER
     Py_ssize_t n
     Py_ssize_t spacing  # bytes from a turned row to the next
+    double divisor  # of all elements
     Dimensions kept
     Dimensions row
 
@@ -31,7 +32,7 @@ cdef Rows rows_of(int traversal, int storage, tuple kept, tuple reduced, cnp.nda
     rows.x, rows.y = cnp.PyArray_DATA(x), data_of(y)
     rows.storage, rows.traversal = <Storage>storage, <Traversal>traversal
     rows.kept, rows.row = dimensions(kept), dimensions(reduced)
-    rows.n = total_size(&rows.row)
+    rows.n, rows.divisor = total_size(&rows.row), 1.0
     rows.spacing = min(rows.n * max(x.itemsize, 4), <Py_ssize_t>CHUNK_BYTES)
     rows.spacing += -rows.spacing % GAP_BYTES + GAP_BYTES
     return rows
@@ -63,6 +64,10 @@ cdef inline Band band_at(const Rows* rows, Py_ssize_t index, const vec* like) no
     return band
 
 
+cdef inline Py_ssize_t count_chunks(const Rows* rows, const vec* like) noexcept nogil:
+    return (rows.n + chunk_length(like) - 1) // chunk_length(like)
+
+
 cdef inline Py_ssize_t band_bytes(const Rows* rows, const vec* like) noexcept nogil:
     """Scratch for a chunk of each row of a band."""
     return rows.spacing * (narrow_strip_columns(like) if rows.traversal == STRIPS else 1)
@@ -78,15 +83,32 @@ cdef inline const vec* read_band(
 ) noexcept nogil:
     """A chunk of each row, as contiguous elements: those of the array itself, or a copy in the scratch."""
     cdef const char* x = <const char*>rows.x + band.x_offset
-    if rows.traversal == ROWS:
+    cdef int row
+    if rows.traversal == ROWS and rows.divisor == 1.0:
         return at(<const vec*>x, first)
+    if rows.traversal == ROWS:
+        divide(at(<const vec*>x, first), scratch, size, rows.divisor)
+        return scratch
     if rows.traversal == STRIPS:
         turn(
             <const vec*>(x + first * rows.row.x_stride[0]), rows.row.x_stride[0], size, band.count, scratch,
             rows.spacing)
     else:
         gather(x, &rows.row, first, size, scratch, rows.storage)
+    if rows.divisor != 1.0:
+        for row in range(band.count):
+            divide(row_of_band(rows, scratch, row), row_of_band(rows, scratch, row), size, rows.divisor)
     return scratch
+
+
+cdef inline void divide(const vec* x, vec* y, Py_ssize_t n, double divisor) noexcept nogil:
+    cdef vec divisors = splat(divisor, x)
+    cdef Py_ssize_t width = lanes(x), i = 0
+    while (i + 1) * width <= n:
+        store(y + i, load(x + i) / divisors)
+        i += 1
+    if i * width < n:
+        store_within(y, i, n, load_within(x, i, n) / divisors)
 
 
 cdef inline void write_band(
@@ -109,8 +131,13 @@ cdef inline vec* output_of_band(const Rows* rows, const Band* band, Py_ssize_t f
     return scratch
 
 
-cdef void fold_band(const Rows* rows, const Band* band, bint apart, State* totals, vec* scratch) noexcept nogil:
-    """Fold all elements of a band's rows into their states."""
+cdef void fold_band(
+    const Rows* rows, const Band* band, bint apart, State* totals, vec* scratch, Best* bests, State* chunk_states
+) noexcept nogil:
+    """Fold all elements of a band's rows into their states.
+
+    `bests`, one a row, and `chunk_states`, one for each row of each chunk, may be NULL.
+    """
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
     cdef double[MAX_NARROW_COLUMNS] row_offsets
     cdef const vec* chunks
@@ -126,4 +153,8 @@ cdef void fold_band(const Rows* rows, const Band* band, bint apart, State* total
             if first == 0 and totals[row].offset == -INFINITY:
                 row_offsets[row] = state.offset
             totals[row] = merge(totals[row], state, apart)
+            if bests != NULL:
+                offer(&bests[row], row_of_band(rows, chunks, row), size, first)
+            if chunk_states != NULL:
+                chunk_states[first // length * band.count + row] = state
         first += size

@@ -77,7 +77,7 @@ cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scrat
     cdef State chunk
     cdef int row
     if call.function == FOLD_STATES:
-        fold_band(&call.rows, &band, True, call.states + band.row, scratch)
+        fold_band(&call.rows, &band, True, call.states + band.row, scratch, NULL, NULL)
         return
     for row in range(band.count):
         totals[row] = call.states[band.row + row] if call.function == NORMALIZE else identity()
@@ -89,7 +89,7 @@ cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scrat
         totals[0] = merge(chunk, state_of_zero(like), False)
         write_shares(call, &band, &chunk, totals, terms, scratch)
     else:
-        fold_band(&call.rows, &band, False, totals, scratch)
+        fold_band(&call.rows, &band, False, totals, scratch, NULL, NULL)
         for row in range(band.count):
             totals[row] = within_range(merge(totals[row], state_of_zero(like), False), like)
         write_shares(call, &band, totals, totals, <const vec*>NULL, scratch)

@@ -10,7 +10,7 @@ import pytest
 import fastsoftmax
 from fastsoftmax import OnlineSoftmax, merge_states, record_plans, softmax
 
-from .inputs import LAYOUTS, VALUES, WRITABLE_LAYOUTS, values
+from .inputs import LAYOUTS, VALUES, WRITABLE_LAYOUTS, OnDevice, values
 from .reference import LONG, error_of, exact, max_ulp_error
 
 X = np.arange(12.0).reshape(3, 4)
@@ -275,3 +275,10 @@ def test_operands_that_do_not_fit():
 def test_normalize_is_softmax(backend, dtype, rng):
     x = rng.normal(size=(20, 3000)).astype(dtype)
     np.testing.assert_allclose(OnlineSoftmax(1).update(x).normalize(x), softmax(x, 1), rtol=4 * np.finfo(dtype).eps)
+
+
+def test_arrays_on_a_device(backend):
+    with pytest.raises(TypeError, match="chunk is on a CUDA device, where this is not computed"):
+        OnlineSoftmax().update(OnDevice())
+    with pytest.raises(TypeError, match="backend 'cuda' does not compute OnlineSoftmax"):
+        OnlineSoftmax(backend="cuda").update([1.0])

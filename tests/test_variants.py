@@ -7,7 +7,7 @@ import pytest
 import fastsoftmax
 from fastsoftmax import record_plans, softmax, softmax_one, softmin
 
-from .inputs import ALL_VALUES, LAYOUTS, VALUES, WRITABLE_LAYOUTS, values
+from .inputs import ALL_VALUES, LAYOUTS, VALUES, WRITABLE_LAYOUTS, OnDevice, values
 from .reference import LONG, exact, max_ulp_error
 
 
@@ -161,3 +161,10 @@ def test_bad_input(variant, x, arguments, error, message):
     with pytest.raises(error, match=message):
         variant(x, **arguments)
     assert (np.asarray(arguments.get("out", 7)) == 7).all()
+
+
+def test_arrays_on_a_device(backend, variant):
+    with pytest.raises(TypeError, match="x is on a CUDA device, where this is not computed"):
+        variant(OnDevice())
+    with pytest.raises(TypeError, match="backend 'cuda' does not compute softmax_one"):
+        softmax_one([1.0], backend="cuda")

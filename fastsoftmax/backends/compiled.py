@@ -24,6 +24,7 @@ from fastsoftmax._dispatch import (
     ForcedTierError,
     Function,
     Plan,
+    Truncation,
 )
 from fastsoftmax._layout import Array, Layout, c_order_layout
 from fastsoftmax._outputs import empty_like
@@ -180,7 +181,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     if function in CROSS_ENTROPIES:
         return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
     if function in BANDED:
-        writes = function != "fold_states" and not in_place
+        writes = function in ("normalize", "softmax_one") and not in_place
         return _make_banded_schedule(layout, n_threads, n_blocks, streaming and writes)
     if function in VJPS:
         return _make_vjp_schedule(function, layout, in_place, max_threads)
@@ -302,6 +303,39 @@ def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: 
         x,
         out,
         states,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
+
+
+def run_topk(plan: Plan, layout: Layout, x: Array, values: Array, indices: Array) -> None:
+    schedule = plan.schedule
+    _kernels.run_topk(
+        _TRAVERSALS[schedule.traversal],
+        _STORAGES[x.dtype.name],
+        layout.kept,
+        layout.reduced,
+        x,
+        values,
+        indices,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
+
+
+def run_sampling(plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation) -> None:
+    schedule = plan.schedule
+    _kernels.run_sampling(
+        _TRAVERSALS[schedule.traversal],
+        _STORAGES[x.dtype.name],
+        layout.kept,
+        layout.reduced,
+        x,
+        uniforms,
+        draws,
+        terms.temperature,
+        terms.top_k or 0,
+        terms.top_p,
         schedule.n_blocks,
         schedule.n_threads,
     )

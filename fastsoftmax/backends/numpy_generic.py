@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from fastsoftmax import _state
-from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan
+from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan, Truncation
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
 
@@ -61,6 +61,19 @@ def run_cross_entropy(
         result, losses[...] = cross_entropy_rows(rows, targets, terms)
         if gradient is not None:
             _write(result, gradient, dimensions)
+
+
+def run_topk(plan: Plan, layout: Layout, x: Array, values: Array, indices: Array) -> None:
+    with np.errstate(all="ignore"):
+        rows = _rows(x, layout, [d.x_stride for d in layout.kept + layout.reduced]).reshape(-1, layout.n_cols)
+        indices[:] = _order(rows)[:, : indices.shape[1]]
+        values[:] = np.take_along_axis(softmax_rows(rows), indices, axis=1)
+
+
+def run_sampling(plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation) -> None:
+    with np.errstate(all="ignore"):
+        rows = _rows(x, layout, [d.x_stride for d in layout.kept + layout.reduced]).reshape(-1, layout.n_cols)
+        draws[:] = sampled_rows(rows, uniforms, terms)
 
 
 def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array) -> None:
@@ -141,6 +154,32 @@ def softmax_one_rows(rows: Array) -> Array:
     terms = _exp_difference(rows, maximum)
     terms /= terms.sum(axis=-1, keepdims=True) + np.exp(-maximum)
     return terms
+
+
+def _order(rows: Array) -> Array:
+    """The indices of each row from the largest element down: NaN first, and of equal ones the lowest index."""
+    order: Array = np.lexsort((-rows, ~np.isnan(rows)))
+    return order
+
+
+def sampled_rows(rows: Array, uniforms: Array, terms: Truncation) -> Array:
+    """An index for each uniform number: the first whose cumulative probability is above it."""
+    rows = rows / terms.temperature
+    maximum = _maximum(rows)
+    weights = np.where(rows == -np.inf, 0, _exp_difference(rows, maximum))
+    order = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
+    if terms.top_k is not None or terms.top_p < 1:
+        order = _order(rows)
+        weights = np.take_along_axis(weights, order, axis=1)
+        if terms.top_k is not None:
+            weights[:, terms.top_k :] = 0
+        sums = weights.cumsum(axis=1)
+        before = np.concatenate([np.zeros_like(sums[:, :1]), sums[:, :-1]], axis=1)
+        weights[before >= terms.top_p * sums[:, -1:]] = 0
+    sums = weights.cumsum(axis=1)
+    targets = np.minimum(uniforms * sums[:, -1:], np.nextafter(sums[:, -1:], 0))
+    draws = [row.searchsorted(target, "right") for row, target in zip(sums, targets, strict=True)]
+    return np.where(np.isfinite(maximum), np.take_along_axis(order, np.minimum(draws, rows.shape[1] - 1), axis=1), -1)
 
 
 def state_of_row(row: Array, precision: _state.Precision) -> _state.State:
