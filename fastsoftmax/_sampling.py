@@ -79,8 +79,7 @@ def sample(
     -----
     A draw is the first element whose cumulative probability is above a uniform random number, so that the same state of
     ``rng`` gives the same draws, on any number of threads. Cumulative sums are float64; an element of -inf is never
-    drawn. A uniform number has 53 bits, by which the probability of each element may be off by 2**-53. Among the
-    elements that ``top_k`` or ``top_p`` leave, the most probable comes first.
+    drawn. A uniform number has 53 bits, by which the probability of each element may be off by 2**-53.
 
     Nucleus sampling: A. Holtzman et al., *The curious case of neural text degeneration*, 2020.
 

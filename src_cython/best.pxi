@@ -1,8 +1,8 @@
 """The k largest of a stream of elements.
 
-What is above a threshold goes to a buffer with room for four times k; when that is full, all but the k largest leave it,
-and the k-th of them is the new threshold. The first one is a bound that maxima of parts of the first chunk give. Most
-registers have no element above it, and cost one comparison.
+What is above a threshold goes to a buffer with room for four times k; when that is full, all but the k largest leave
+it, and the k-th of them is the new threshold. The first one is a bound that maxima of parts of the first chunk give,
+and so is a later one where elements ascend. Most registers have no element above it, and cost one comparison.
 """
 
 cdef enum:
@@ -21,6 +21,7 @@ cdef struct Best:
     Py_ssize_t k
     Py_ssize_t room
     Py_ssize_t count
+    Py_ssize_t n_taken  # of the last elements offered
     bint has_threshold
     double threshold  # k elements or more are above it, or as large but earlier
 
@@ -33,7 +34,7 @@ cdef inline Py_ssize_t room_for(Py_ssize_t k, Py_ssize_t n) noexcept nogil:
 cdef inline Best best_of_none(Candidate* candidates, Py_ssize_t k, Py_ssize_t n) noexcept nogil:
     cdef Best best
     best.candidates, best.k, best.room, best.count = candidates, k, room_for(k, n), 0
-    best.has_threshold, best.threshold = False, -INFINITY
+    best.n_taken, best.has_threshold, best.threshold = 0, False, -INFINITY
     return best
 
 
@@ -47,8 +48,9 @@ cdef void offer(Best* best, const vec* x, Py_ssize_t n, Py_ssize_t first) noexce
     cdef Py_ssize_t width = lanes(x), i = 0
     cdef vec threshold, top
     cdef int j
-    if best.count == 0 and not best.has_threshold:
+    if best.count == 0 or best.n_taken > ROOM * best.room:
         find_threshold(best, x, n)
+    best.n_taken = 0
     while not best.has_threshold and i < n:
         if get(x, i) == get(x, i):
             take(best, get(x, i), first + i)
@@ -68,7 +70,7 @@ cdef void offer(Best* best, const vec* x, Py_ssize_t n, Py_ssize_t first) noexce
 
 
 cdef inline void find_threshold(Best* best, const vec* x, Py_ssize_t n) noexcept nogil:
-    """Set a threshold below k elements or more, if there are few of them in many."""
+    """Set a threshold below k of these elements or more, if k is small beside n."""
     cdef vec[MAX_PART_REGISTERS] tops
     cdef Candidate[MAX_PART_REGISTERS * MAX_LANES] maxima
     cdef Py_ssize_t width = lanes(x), i = 0
@@ -86,8 +88,8 @@ cdef inline void find_threshold(Best* best, const vec* x, Py_ssize_t n) noexcept
     for j in range(count * <int>width):
         maxima[j].value, maxima[j].index = get(<const vec*>tops, j), j
     select_first(maxima, count * width, best.k)
-    if maxima[best.k - 1].value > -INFINITY:
-        best.has_threshold, best.threshold = True, before(maxima[best.k - 1].value, x)
+    if maxima[best.k - 1].value > best.threshold:
+        best.has_threshold, best.threshold = True, max(best.threshold, before(maxima[best.k - 1].value, x))
 
 
 cdef inline double before(double value, const vec* like) noexcept nogil:
@@ -108,6 +110,7 @@ cdef inline void take_larger(Best* best, const vec* x, Py_ssize_t i, Py_ssize_t 
 cdef inline void take(Best* best, double value, int64_t index) noexcept nogil:
     best.candidates[best.count].value, best.candidates[best.count].index = value, index
     best.count += 1
+    best.n_taken += 1
     if best.count == best.room:
         select_first(best.candidates, best.count, best.k)
         best.count = best.k

@@ -5,14 +5,18 @@ element: only the chunk is read again. At each level the target is a share of a 
 order in which it is searched, so that no rounding moves a draw to an element that has no probability.
 
 Where only the most probable elements count (top-k, top-p), they are selected in the first pass, and drawn from as one
-level.
+level, in the order of their indices. For top-p these are a guess, enough for the peaked rows of language models. In
+others, elements are counted by how far they are below the maximum, which tells how many are needed, and collected.
 """
 
 cdef enum:
     BLOCK = 64  # elements
+    SMALL = 64  # candidates that are sorted as a whole
     MAX_BLOCKS = CHUNK_BYTES // 4 // BLOCK
-    FIRST_CANDIDATES = 64  # of top-p alone, which may need more: then eight times as many
-    MORE_CANDIDATES = 8
+    FIRST_CANDIDATES = 64  # of top-p alone, which may need more
+    # Distances from the maximum, in steps of 1 / 32: what is 64 below it has no share that can be seen.
+    LEVELS = 2048
+    LEVELS_PER_UNIT = 32
 
 cdef struct Sampling:
     Rows rows
@@ -121,7 +125,7 @@ cdef void sample_band(Sampling* call, Py_ssize_t index, Workspace* work, const v
             if not k:
                 put_lists(work.lists + row * n_chunks, n_chunks)
         elif k:
-            draw_from_best(call, &band, row, totals[row], bests[row], <vec*>work.chunks)
+            draw_from_best(call, &band, row, totals[row], bests[row], work, like)
         else:
             put_lists(work.lists + row * n_chunks, n_chunks)
             draw_chunks(call, band.row + row, row, band.count, n_chunks, totals[row], work)
@@ -262,72 +266,163 @@ cdef inline double sum_of_block(const vec* terms, Py_ssize_t first, Py_ssize_t n
 
 
 cdef void draw_from_best(
-    Sampling* call, const Band* band, int row, State total, Best best, vec* scratch
+    Sampling* call, const Band* band, int row, State total, Best best, Workspace* work, const vec* like
 ) noexcept nogil:
     """Draw from the most probable elements of a row: of more of them, where those at hand do not make up top_p."""
     cdef int64_t* draws = call.indices + (band.row + row) * call.n_draws
     cdef double* shares = call.uniforms + (band.row + row) * call.n_draws
-    cdef double* sums
+    cdef double* sums = NULL
     cdef Candidate* more = NULL
-    cdef double limit = 0.0, unused
-    cdef Py_ssize_t k = best.k, kept, i
+    cdef double limit = 0.0, sum = 0.0, unused
+    cdef Py_ssize_t i
     keep_best(&best)
     if call.top_p < 1.0 and call.top_k:
-        limit = call.top_p * sum_of_best(&best, best.count, total.maximum)
+        limit = call.top_p * sum_of_terms(best.candidates, best.count, total.maximum)
     elif call.top_p < 1.0:
         limit = call.top_p * sum_at(total, total.maximum, 0.0)
-        while k < call.rows.n and sum_of_best(&best, best.count, total.maximum) < limit:
-            free(more)
-            k = min(k * MORE_CANDIDATES, call.rows.n)
-            more = <Candidate*>malloc(room_for(k, call.rows.n) * sizeof(Candidate))
-            if more == NULL:
-                call.lacks_memory = True
-                return
-            best = best_of_none(more, k, call.rows.n)
-            offer_row(&call.rows, band, row, &best, scratch)
-            keep_best(&best)
-    sums = <double*>malloc(best.count * sizeof(double))
+        if best.count < call.rows.n and sum_of_terms(best.candidates, best.count, total.maximum) < limit:
+            more = collect_largest(call, band, row, total.maximum, limit, work, like, &best.count)
+            best.candidates = more
+    if best.candidates != NULL:
+        sums = <double*>malloc(best.count * sizeof(double))
     if sums == NULL:
         call.lacks_memory = True
     else:
-        kept = order_kept(&best, call.top_p < 1.0, limit, total.maximum, sums)
+        if call.top_p < 1.0:
+            cut_to_limit(&best, limit, total.maximum)
+        order_by_index(call, band, row, &best, work, like)
+        for i in range(best.count):
+            sum += exp(best.candidates[i].value - total.maximum)
+            sums[i] = sum
         for i in range(call.n_draws):
-            draws[i] = best.candidates[pick(sums, kept, shares[i], &unused)].index
+            draws[i] = best.candidates[pick(sums, best.count, shares[i], &unused)].index
     free(more)
     free(sums)
 
 
-cdef inline double sum_of_best(const Best* best, Py_ssize_t count, double largest) noexcept nogil:
-    """The sum of exp(x - largest) over the first candidates."""
+cdef Candidate* collect_largest(
+    const Sampling* call, const Band* band, int row, double largest, double limit, Workspace* work, const vec* like,
+    Py_ssize_t* count
+) noexcept nogil:
+    """The largest elements of a row, in new memory: a few more than make up the limit."""
+    cdef Py_ssize_t length = chunk_length(like), first = 0, size, i
+    cdef double[LEVELS] sums
+    cdef Py_ssize_t[LEVELS] counts
+    cdef Candidate* candidates
+    cdef const vec* terms = <const vec*>work.terms
+    cdef const vec* x
+    cdef double factor, sum = 0.0
+    cdef State state
+    cdef int level, last = -1
+    memset(sums, 0, sizeof(sums))
+    memset(counts, 0, sizeof(counts))
+    while first < call.rows.n:
+        size = min(length, call.rows.n - first)
+        x = row_of_band(&call.rows, read_band(&call.rows, band, first, size, <vec*>work.chunks), row)
+        state = fold_chunk(x, <vec*>work.terms, size, True, False, 0.0)
+        factor = 0.0
+        if state.maximum > -INFINITY:
+            state.high, state.low = 1.0, 0.0
+            factor = sum_at(state, largest, 0.0)
+        for i in range(size):
+            level = level_of(get(x, i), largest)
+            counts[level] += 1
+            if factor > 0.0:
+                sums[level] += get(terms, i) * factor
+        first += size
+    count[0] = 0
+    while last < LEVELS - 1 and sum <= limit * 1.000001:  # for terms may be in float32
+        last += 1
+        sum, count[0] = sum + sums[last], count[0] + counts[last]
+    candidates = <Candidate*>malloc(count[0] * sizeof(Candidate))
+    first = count[0] = 0
+    while first < call.rows.n and candidates != NULL:
+        size = min(length, call.rows.n - first)
+        x = row_of_band(&call.rows, read_band(&call.rows, band, first, size, <vec*>work.chunks), row)
+        for i in range(size):
+            if level_of(get(x, i), largest) <= last:
+                candidates[count[0]].value, candidates[count[0]].index = get(x, i), first + i
+                count[0] += 1
+        first += size
+    return candidates
+
+
+cdef inline int level_of(double x, double largest) noexcept nogil:
+    cdef double level = (largest - x) * LEVELS_PER_UNIT
+    return <int>level if level < LEVELS - 1 else LEVELS - 1
+
+
+cdef inline double sum_of_terms(const Candidate* candidates, Py_ssize_t count, double largest) noexcept nogil:
+    """The sum of exp(x - largest) over candidates."""
     cdef double sum = 0.0
     cdef Py_ssize_t i
     for i in range(count):
-        sum += exp(best.candidates[i].value - largest)
+        sum += exp(candidates[i].value - largest)
     return sum
 
 
-cdef Py_ssize_t order_kept(Best* best, bint is_limited, double limit, double largest, double* sums) noexcept nogil:
-    """Sort the candidates, add up their terms, and return how many make up the limit."""
-    cdef Py_ssize_t i
-    cdef double sum = 0.0
-    # Sorting takes longest, so the half that is not needed is left out of it first.
-    while is_limited and best.count > FIRST_CANDIDATES:
-        select_first(best.candidates, best.count, best.count // 2)
-        if sum_of_best(best, best.count // 2, largest) < limit:
-            break
-        best.count //= 2
-    sort_candidates(best.candidates, best.count)
-    for i in range(best.count):
-        sum += exp(best.candidates[i].value - largest)
-        sums[i] = sum
-        if is_limited and sum >= limit:
-            return i + 1
-    return best.count
+cdef void cut_to_limit(Best* best, double limit, double largest) noexcept nogil:
+    """Leave as few of the best candidates as make up the limit."""
+    cdef Candidate* candidates = best.candidates
+    cdef Py_ssize_t low = 0, high = best.count, middle, i
+    cdef double sum = 0.0, part
+    while high - low > SMALL:
+        middle = (low + high) // 2
+        select_first(candidates + low, high - low, middle - low)
+        part = sum_of_terms(candidates + low, middle - low, largest)
+        if sum + part >= limit:
+            high = middle
+        else:
+            sum, low = sum + part, middle
+    sort_candidates(candidates + low, high - low)
+    for i in range(low, high):
+        sum += exp(candidates[i].value - largest)
+        best.count = i + 1
+        if sum >= limit:
+            return
 
 
-cdef void offer_row(const Rows* rows, const Band* band, int row, Best* best, vec* scratch) noexcept nogil:
-    cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
-    while first < rows.n:
-        size = min(length, rows.n - first)
-        offer(best, row_of_band(rows, read_band(rows, band, first, size, scratch), row), size, first)
-        first += size
+cdef void order_by_index(
+    const Sampling* call, const Band* band, int row, Best* best, Workspace* work, const vec* like
+) noexcept nogil:
+    """Put the candidates into the order of their indices: few by insertion, many by another look at the row."""
+    cdef Candidate* candidates = best.candidates
+    cdef Candidate moving, worst = candidates[0]
+    cdef Py_ssize_t length = chunk_length(like), first = 0, size, i, j
+    cdef const vec* x
+    if best.count > SMALL:
+        for i in range(best.count):
+            if is_worse(candidates[i], worst):
+                worst = candidates[i]
+        best.count = 0
+        while first < call.rows.n:
+            size = min(length, call.rows.n - first)
+            x = row_of_band(&call.rows, read_band(&call.rows, band, first, size, <vec*>work.chunks), row)
+            collect_from(x, size, first, worst, best)
+            first += size
+        return
+    for i in range(1, best.count):
+        moving, j = candidates[i], i
+        while j and candidates[j - 1].index > moving.index:
+            candidates[j] = candidates[j - 1]
+            j -= 1
+        candidates[j] = moving
+
+
+cdef inline void collect_from(
+    const vec* x, Py_ssize_t n, Py_ssize_t first, Candidate worst, Best* best
+) noexcept nogil:
+    """Append the elements that are no worse than a candidate; most registers have none."""
+    cdef Py_ssize_t width = lanes(x), i = 0, end
+    cdef vec threshold = splat(before(worst.value, x), x)
+    cdef Candidate one
+    while i < n:
+        end = min(i + width, n)
+        if end - i < width or any_greater(load(at(x, i)), threshold):
+            while i < end:
+                one.value, one.index = get(x, i), first + i
+                if not is_worse(one, worst):
+                    best.candidates[best.count] = one
+                    best.count += 1
+                i += 1
+        i = end

@@ -110,7 +110,7 @@ def test_the_ends_of_the_unit_interval(backend, dtype, n, options):
 
 
 def test_draws_are_the_inverse(backend, dtype, rng):
-    """Draws for increasing numbers increase, and change where the cumulative probability says."""
+    """Draws for increasing numbers increase, and change where the cumulative probability says they do."""
     for kind in VALUES:
         logits = values(kind, 5000, dtype)
         uniforms = np.linspace(0, 1, 999, endpoint=False)
@@ -123,9 +123,22 @@ def test_draws_are_the_inverse(backend, dtype, rng):
         assert (exact("softmax", logits)[draws] > 0).all()
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_truncated_draws_are_the_inverse(backend, dtype, rng, options):
+    """Also of what is left, in the order of the indices."""
+    for n, scale in [(30, 1.0), (500, 1.0), (500, 0.1)]:
+        logits = (rng.normal(size=n) * scale).astype(dtype)
+        uniforms = rng.random(500)
+        sums = probabilities_of(logits, **options).cumsum()
+        draws = sample(logits, size=500, rng=Fixed(uniforms), **options)
+        is_near = abs(sums - uniforms[:, np.newaxis]).min(axis=1) < 100 * np.finfo(dtype).eps
+        assert is_near.mean() < 0.1
+        np.testing.assert_array_equal(draws[~is_near], sums.searchsorted(uniforms, "right")[~is_near])
+
+
 def test_top_p_is_the_smallest_set(backend, dtype, rng):
     """Also where it has more elements than are selected at first."""
-    for scale, n in [(0.01, 700), (1.0, 700), (5.0, 700), (0.0, 2000)]:
+    for scale, n in [(0.01, 700), (1.0, 700), (5.0, 700), (0.0, 2000), (1.0, 9000)]:
         logits = (rng.normal(size=n) * scale).astype(dtype)
         for top_p in (1e-9, 0.1, 0.5, 0.95, 1.0):
             p = probabilities_of(logits, top_p=top_p)
@@ -201,7 +214,7 @@ def test_reproducible(backend, rng):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_layouts(backend, rng, options):
-    logits = rng.normal(size=(60, 150))
+    logits = rng.normal(size=(130, 150)) * 0.3  # so flat that top-p takes more than are selected at first
     for axis in (0, 1):
         for layout in LAYOUTS.values():
             x = layout(logits)

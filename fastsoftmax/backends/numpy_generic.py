@@ -167,19 +167,18 @@ def sampled_rows(rows: Array, uniforms: Array, terms: Truncation) -> Array:
     rows = rows / terms.temperature
     maximum = _maximum(rows)
     weights = np.where(rows == -np.inf, 0, _exp_difference(rows, maximum))
-    order = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
     if terms.top_k is not None or terms.top_p < 1:
         order = _order(rows)
-        weights = np.take_along_axis(weights, order, axis=1)
-        if terms.top_k is not None:
-            weights[:, terms.top_k :] = 0
-        sums = weights.cumsum(axis=1)
+        ordered = np.take_along_axis(weights, order, axis=1)
+        ordered[:, terms.top_k or rows.shape[1] :] = 0
+        sums = ordered.cumsum(axis=1)
         before = np.concatenate([np.zeros_like(sums[:, :1]), sums[:, :-1]], axis=1)
-        weights[before >= terms.top_p * sums[:, -1:]] = 0
+        ordered[before >= terms.top_p * sums[:, -1:]] = 0
+        np.put_along_axis(weights, order, ordered, axis=1)
     sums = weights.cumsum(axis=1)
     targets = np.minimum(uniforms * sums[:, -1:], np.nextafter(sums[:, -1:], 0))
     draws = [row.searchsorted(target, "right") for row, target in zip(sums, targets, strict=True)]
-    return np.where(np.isfinite(maximum), np.take_along_axis(order, np.minimum(draws, rows.shape[1] - 1), axis=1), -1)
+    return np.where(np.isfinite(maximum), draws, -1)
 
 
 def state_of_row(row: Array, precision: _state.Precision) -> _state.State:

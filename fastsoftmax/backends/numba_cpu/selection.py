@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, X, collect, offset_of
@@ -154,20 +152,23 @@ def count_kept(sums, n, limit):
 
 
 @jit
-def keep_best(row, n, largest, top_k, top_p, terms, sums, values, indices):
-    """The cumulative sums of the most probable elements; how many of these there are."""
+def drop_improbable(row, n, largest, top_k, top_p, terms, sums, values, indices):
+    """Make the terms 0 of all but the most probable elements."""
     whole = cumulate(terms, n, sums)
     k = top_k if top_k else min(n, 64)
     while True:
         count = select_best(row, n, k, values, indices)
-        put_terms(values, count, largest, terms)
-        share = cumulate(terms, count, sums)
-        if top_p == 1.0:
-            return count
+        put_terms(values, count, largest, values)
+        share = cumulate(values, count, sums)
         limit = top_p * (share if top_k else whole)
         if top_k or share >= limit or k == n:
-            return count_kept(sums, count, limit)
+            break
         k = min(8 * k, n)
+    kept = count_kept(sums, count, limit) if top_p < 1.0 else count
+    worst, worst_index = row[indices[kept - 1]], indices[kept - 1]
+    for j in range(n):
+        if is_worse(row[j], j, worst, worst_index):
+            terms[j] = 0.0
 
 
 @jit_entry
@@ -186,16 +187,14 @@ def run_sampling(
         if temperature != 1.0:
             for j in range(n):
                 row[j] /= temperature
-        largest, first, kept_count = largest_in(row, n), index * n_draws, n
+        largest, first = largest_in(row, n), index * n_draws
         if not math.isfinite(largest):
             for j in range(n_draws):
                 draws[first + j] = -1
             continue
         put_terms(row, n, largest, terms)
         if top_k or top_p < 1.0:
-            kept_count = keep_best(row, n, largest, top_k, top_p, terms, sums, values, indices)
-        else:
-            cumulate(terms, n, sums)
+            drop_improbable(row, n, largest, top_k, top_p, terms, sums, values, indices)
+        cumulate(terms, n, sums)
         for j in range(n_draws):
-            picked = pick(sums, kept_count, uniforms[first + j])
-            draws[first + j] = indices[picked] if top_k or top_p < 1.0 else np.int64(picked)
+            draws[first + j] = pick(sums, n, uniforms[first + j])
