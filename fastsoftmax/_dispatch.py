@@ -466,6 +466,11 @@ def execute_cross_entropy(
         plans.append(plan)
 
 
+def _record(plan: Plan) -> None:
+    if (plans := choices.get().plans) is not None:
+        plans.append(plan)
+
+
 def execute_states(
     module: BackendModule,
     function: Function,
@@ -478,16 +483,14 @@ def execute_states(
     """`execute` for a function with one state for each row, which "fold_states" changes."""
     plan = module.plan(function, layout, in_place)
     module.run_states(plan, layout, x, out, states)
-    if (plans := choices.get().plans) is not None:
-        plans.append(plan)
+    _record(plan)
 
 
 def execute_topk(module: BackendModule, layout: Layout, x: Array, values: Array, indices: Array) -> None:
     """`execute` for the largest probabilities and their indices: k columns, and a row for each of the input."""
     plan = module.plan("softmax_topk", layout, False)
     module.run_topk(plan, layout, x, values, indices)
-    if (plans := choices.get().plans) is not None:
-        plans.append(plan)
+    _record(plan)
 
 
 def execute_sampling(
@@ -499,5 +502,4 @@ def execute_sampling(
     """
     plan = module.plan("sample", layout, False)
     module.run_sampling(plan, layout, x, uniforms, draws, terms)
-    if (plans := choices.get().plans) is not None:
-        plans.append(plan)
+    _record(plan)

@@ -164,7 +164,8 @@ def _relative(values: Array, axis: int, dtype: np.dtype[Any]) -> Array:
     """Return logits relative to the largest of each row, where that is finite; the differences that count are exact."""
     differences: Array = values.astype(dtype)
     largest = differences.max(axis, keepdims=True)
-    np.subtract(differences, largest, out=differences, where=np.isfinite(largest))
+    with np.errstate(all="ignore"):  # what is too far below the largest for a number is -inf
+        np.subtract(differences, largest, out=differences, where=np.isfinite(largest))
     return differences
 
 

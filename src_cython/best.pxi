@@ -22,6 +22,7 @@ cdef struct Best:
     Py_ssize_t room
     Py_ssize_t count
     Py_ssize_t n_taken  # of the last elements offered
+    bint ascends  # so many were taken once that a new bound is looked for each time
     bint has_threshold
     double threshold  # k elements or more are above it, or as large but earlier
 
@@ -34,7 +35,7 @@ cdef inline Py_ssize_t room_for(Py_ssize_t k, Py_ssize_t n) noexcept nogil:
 cdef inline Best best_of_none(Candidate* candidates, Py_ssize_t k, Py_ssize_t n) noexcept nogil:
     cdef Best best
     best.candidates, best.k, best.room, best.count = candidates, k, room_for(k, n), 0
-    best.n_taken, best.has_threshold, best.threshold = 0, False, -INFINITY
+    best.n_taken, best.ascends, best.has_threshold, best.threshold = 0, False, False, -INFINITY
     return best
 
 
@@ -48,7 +49,8 @@ cdef void offer(Best* best, const vec* x, Py_ssize_t n, Py_ssize_t first) noexce
     cdef Py_ssize_t width = lanes(x), i = 0
     cdef vec threshold, top
     cdef int j
-    if best.count == 0 or best.n_taken > ROOM * best.room:
+    best.ascends = best.ascends or best.n_taken > ROOM * best.room
+    if best.count == 0 or best.ascends:
         find_threshold(best, x, n)
     best.n_taken = 0
     while not best.has_threshold and i < n:

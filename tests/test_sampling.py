@@ -167,6 +167,11 @@ def test_low_temperatures_give_the_largest(backend, dtype, rng, temperature):
     assert set(sample([0, 5, 5, -9], temperature=temperature, size=200, rng=rng).tolist()) == {1, 2}
 
 
+def test_a_low_temperature_and_the_largest_differences(backend, dtype):
+    most = np.finfo(dtype).max
+    assert sample(np.array([-most, most, np.nextafter(most, 0)], dtype), temperature=1e-9) == 1
+
+
 def test_high_temperatures_give_all(backend, dtype):
     draws = sample(np.array([1, 900, -900, -np.inf], dtype), temperature=1e30, size=999, rng=np.random.default_rng(0))
     assert (abs(np.bincount(draws) - 333) < 80).all()
