@@ -71,7 +71,7 @@ def softmax_topk(
     -----
     One pass over the data finds the state of the softmax and the ``k`` largest logits (M. Milakov, N. Gimelshein,
     *Online normalizer calculation for softmax*, arXiv 1805.02867, section 4); only these become probabilities. With the
-    compiled backend they have the bits that `softmax` gives them.
+    compiled backend, those of float32 and float64 have the bits that `softmax` gives them.
 
     In a row with a NaN or +inf, or of nothing but -inf, the values are NaN, as in `softmax`. Its indices are still
     those of the largest logits, where a NaN counts as larger than any number, as it does for `numpy.sort`.
