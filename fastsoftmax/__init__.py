@@ -11,23 +11,34 @@ from fastsoftmax._cross_entropy import softmax_cross_entropy
 from fastsoftmax._derivatives import log_softmax_vjp, logsumexp_vjp, softmax_jacobian, softmax_vjp
 from fastsoftmax._dispatch import BackendUnavailableError, Plan, available_backends, record_plans, use_backend
 from fastsoftmax._outputs import limit_output_cache
+from fastsoftmax._sampling import sample
 from fastsoftmax._schedule import Schedule
+from fastsoftmax._selection import TopK, softmax_topk
+from fastsoftmax._streaming import OnlineSoftmax, merge_states
+from fastsoftmax._variants import softmax_one, softmin
 
 __all__ = [
     "BackendUnavailableError",
+    "OnlineSoftmax",
     "Plan",
     "Schedule",
+    "TopK",
     "available_backends",
     "limit_output_cache",
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
     "logsumexp_vjp",
+    "merge_states",
     "record_plans",
+    "sample",
     "softmax",
     "softmax_cross_entropy",
     "softmax_jacobian",
+    "softmax_one",
+    "softmax_topk",
     "softmax_vjp",
+    "softmin",
     "use_backend",
 ]
 

@@ -35,10 +35,17 @@ Function = Literal[
     "logsumexp_vjp",
     "softmax_cross_entropy",
     "dense_cross_entropy",
+    "softmax_one",
+    "fold_states",
+    "normalize",
+    "softmax_topk",
+    "sample",
 ]
 VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"})
 # The dense one has probabilities for targets, or capped logits.
 CROSS_ENTROPIES: frozenset[Function] = frozenset({"softmax_cross_entropy", "dense_cross_entropy"})
+# These visit rows in bands (see src_cython/bands.pxi); two are the ways of `OnlineSoftmax` into and out of its states.
+BANDED: frozenset[Function] = frozenset({"softmax_one", "fold_states", "normalize", "softmax_topk", "sample"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +107,29 @@ class CrossEntropy(NamedTuple):
     softcap: float
 
 
+class Truncation(NamedTuple):
+    """From which elements of a row is drawn.
+
+    Parameters
+    ----------
+    temperature : float
+        What the logits are divided by, first.
+    top_k : int or None
+        How many of the largest are left; None for all.
+    top_p : float
+        As few of those as make up this share of their sum are left; 1 for all.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+
+
 class BackendModule(Protocol):
     """What a module in `fastsoftmax.backends` offers.
 
     ``READS`` names the 16-bit dtypes that it reads and writes as they are, and computes in float32; others are
-    converted for it.
+    converted for it. Arrays of states are float64 and have a row for each state: see `fastsoftmax._state.pack`.
     """
 
     READS: frozenset[str]
@@ -116,6 +141,18 @@ class BackendModule(Protocol):
     def run_cross_entropy(
         self, plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
     ) -> None: ...
+
+    def run_topk(self, plan: Plan, layout: Layout, x: Array, values: Array, indices: Array) -> None: ...
+
+    def run_sampling(
+        self, plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation
+    ) -> None: ...
+
+    def run_states(self, plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array) -> None: ...
+
+    def merge_states(self, states: Array, others: Array, is_single: bool) -> None: ...
+
+    def logsumexp_of_states(self, states: Array, is_single: bool) -> Array: ...
 
 
 class DirectCalls(Protocol):
@@ -299,6 +336,21 @@ def select(dtype: np.dtype[Any], size: int, argument: str | None = None) -> Back
     return loaded
 
 
+def select_for(function: str, dtype: np.dtype[Any], size: int, argument: str | None = None) -> BackendModule:
+    """`select` for a function that the backend "cuda" does not have.
+
+    Raises
+    ------
+    TypeError
+        Also if that is forced.
+    """
+    forced = forced_backend(argument)
+    if forced is not None and forced.name == "cuda":
+        names = ", ".join(repr(backend.name) for backend in BACKENDS if backend is not forced)
+        raise TypeError(f"backend 'cuda' does not compute {function}; these do: {names}")
+    return select(dtype, size, argument)
+
+
 # Device types of DLPack.
 _CUDA, _CUDA_MANAGED = 2, 13
 
@@ -412,3 +464,42 @@ def execute_cross_entropy(
     module.run_cross_entropy(plan, layout, x, gradient, losses, terms)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)
+
+
+def _record(plan: Plan) -> None:
+    if (plans := choices.get().plans) is not None:
+        plans.append(plan)
+
+
+def execute_states(
+    module: BackendModule,
+    function: Function,
+    layout: Layout,
+    x: Array,
+    out: Array | None,
+    states: Array,
+    in_place: bool = False,
+) -> None:
+    """`execute` for a function with one state for each row, which "fold_states" changes."""
+    plan = module.plan(function, layout, in_place)
+    module.run_states(plan, layout, x, out, states)
+    _record(plan)
+
+
+def execute_topk(module: BackendModule, layout: Layout, x: Array, values: Array, indices: Array) -> None:
+    """`execute` for the largest probabilities and their indices: k columns, and a row for each of the input."""
+    plan = module.plan("softmax_topk", layout, False)
+    module.run_topk(plan, layout, x, values, indices)
+    _record(plan)
+
+
+def execute_sampling(
+    module: BackendModule, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation
+) -> None:
+    """`execute` for random draws: one for each uniform number, which may be overwritten; -1 where nothing can be drawn.
+
+    Both arrays are contiguous and have a row for each of the input.
+    """
+    plan = module.plan("sample", layout, False)
+    module.run_sampling(plan, layout, x, uniforms, draws, terms)
+    _record(plan)

@@ -35,6 +35,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Precision(NamedTuple):
@@ -182,6 +183,13 @@ def identity() -> State:
     return State(-math.inf, 0.0, 0.0)
 
 
+def identities(count: int) -> NDArray[np.float64]:
+    """States of no element, as `pack` makes them: an array with a row for each."""
+    states = np.empty((count, 5))
+    states[:] = pack(identity(), FLOAT64)
+    return states
+
+
 def single(x: float) -> State:
     """The state of one element."""
     return State(-math.inf, x, 0.0) if math.isnan(x) else State(x, 0.0, 0.0)
@@ -281,6 +289,29 @@ def logsumexp(state: State, precision: Precision) -> float:
         return state.maximum + high
     sum, error = two_sum(state.maximum, high)
     return sum + (error + low)
+
+
+def pack(state: State, precision: Precision) -> tuple[float, float, float, float, float]:
+    """The state as arrays of states hold it: the maximum, offset, exponent, sum and residue."""
+    offset, exponent = reference(state.maximum, precision)
+    if math.isinf(state.maximum):
+        offset = state.maximum  # as the compiled kernels have it
+    return state.maximum, offset, exponent, state.sum, state.residue
+
+
+def unpack(maximum: float, offset: float, exponent: float, sum: float, residue: float, precision: Precision) -> State:
+    """The state from what `pack` made of it, or from a sum with another offset: the compiled kernels choose theirs."""
+    if math.isinf(maximum):
+        return State(maximum, sum, residue)
+    new_offset, new_exponent = reference(maximum, precision)
+    if offset == new_offset:
+        shift = int(exponent - new_exponent)
+        return State(maximum, math.ldexp(sum, shift), math.ldexp(residue, shift))
+    p, low, k = exp_difference(offset, new_offset)
+    product = sum * p
+    shift = int(k + exponent - new_exponent)
+    rest = product_error(sum, p, product) + sum * low + residue * p
+    return State(maximum, math.ldexp(product, shift), math.ldexp(rest, shift))
 
 
 class WeightedState(NamedTuple):

@@ -8,7 +8,7 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, PyObject
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport INFINITY, copysign, exp, expm1, fabs, fma, frexp, ldexp, log, log1p, rint
+from libc.math cimport INFINITY, copysign, exp, expm1, fabs, fma, frexp, ldexp, log, log1p, nextafter, nextafterf, rint
 from libc.stdint cimport int64_t, uint16_t, uintptr_t
 from libc.stdlib cimport free, getenv, malloc
 from libc.string cimport memcmp, memcpy, memset, strncmp, strncpy
@@ -262,6 +262,11 @@ cdef inline void run_row(
 include "direct_calls.pxi"
 include "derivatives.pxi"
 include "cross_entropy.pxi"
+include "best.pxi"
+include "bands.pxi"
+include "streaming.pxi"
+include "selection.pxi"
+include "sampling.pxi"
 
 
 # The state as Python sees it, for the tests of its laws: a tuple (maximum, offset, exponent, high, low).

@@ -123,3 +123,11 @@ LAYOUTS = WRITABLE_LAYOUTS | {
     "broadcast inner": lambda x: np.broadcast_to(x[..., :1], x.shape),
     "read-only": _read_only,
 }
+
+
+class OnDevice:
+    """What says of itself that it is on a CUDA device, and must not be asked for more."""
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AssertionError("the memory of a device was asked for")

@@ -172,7 +172,9 @@ def test_cython_code_can_cimport_the_installed_kernels(clean_python: Path, tmp_p
     run(clean_python, "use_cimport.py", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/backends.md", "docs/derivatives.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/backends.md", "docs/derivatives.md", "docs/selection.md", "docs/streaming.md"]
+)
 def test_documents_show_what_happens(document: str) -> None:
     result = doctest.testfile(str(ROOT / document), module_relative=False)
     assert result.attempted > 0

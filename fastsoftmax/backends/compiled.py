@@ -12,8 +12,20 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from fastsoftmax import _dispatch, _schedule, _threadpool
-from fastsoftmax._dispatch import CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, ForcedTierError, Function, Plan
+from fastsoftmax._dispatch import (
+    BANDED,
+    CROSS_ENTROPIES,
+    VJPS,
+    CrossEntropy,
+    Factors,
+    ForcedTierError,
+    Function,
+    Plan,
+    Truncation,
+)
 from fastsoftmax._layout import Array, Layout, c_order_layout
 from fastsoftmax._outputs import empty_like
 from fastsoftmax._schedule import Exponentials, Schedule, Traversal
@@ -30,6 +42,7 @@ _FUNCTIONS: dict[Function, int] = {
     "log_softmax_vjp": 4,
     "logsumexp_vjp": 5,
 }
+_STREAMING_FUNCTIONS: dict[Function, int] = {"fold_states": 0, "normalize": 1, "softmax_one": 2}
 _FUNCTION_NAMES = {number: name for name, number in _FUNCTIONS.items()}
 _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3, "split": 4}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
@@ -169,6 +182,9 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     short = layout.n_cols <= _MAX_TILE_COLS[itemsize] and layout.n_rows >= _MIN_TILE_ROWS
     if function in CROSS_ENTROPIES:
         return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
+    if function in BANDED:
+        writes = function in ("normalize", "softmax_one") and not in_place
+        return _make_banded_schedule(layout, n_threads, n_blocks, streaming and writes)
     if function in VJPS:
         return _make_vjp_schedule(function, layout, in_place, max_threads)
     is_long = layout.n_cols * itemsize > _kernels.chunk_bytes
@@ -237,6 +253,20 @@ def _make_cross_entropy_schedule(
     return Schedule(traversal, "recompute", streaming, min(n_threads, n_blocks), n_blocks)
 
 
+def _make_banded_schedule(layout: Layout, n_threads: int, n_blocks: int, streaming: bool) -> Schedule:
+    """Choose the traversal of a function that visits rows in bands."""
+    traversal: Traversal = "gather"
+    n_units = layout.n_rows
+    if layout.itemsize > 2 and layout.has_contiguous_rows:
+        traversal = "rows"
+    elif layout.itemsize > 2 and layout.has_adjacent_rows:
+        traversal = "strips"
+        inner = layout.kept[-1].size
+        n_units = layout.n_rows // inner * -(-inner * layout.itemsize // _kernels.narrow_strip_bytes)
+    n_blocks = min(n_blocks, n_units)
+    return Schedule(traversal, "none", streaming and traversal == "rows", min(n_threads, n_blocks), n_blocks)
+
+
 def run_cross_entropy(
     plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
 ) -> None:
@@ -263,8 +293,71 @@ def run_cross_entropy(
     )
 
 
+def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array | None) -> None:
+    schedule = plan.schedule
+    _kernels.run_streaming(
+        _STREAMING_FUNCTIONS[plan.function],
+        _TRAVERSALS[schedule.traversal],
+        schedule.streaming,
+        _STORAGES[x.dtype.name],
+        layout.kept,
+        layout.reduced,
+        x,
+        out,
+        states,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
+
+
+def run_topk(plan: Plan, layout: Layout, x: Array, values: Array, indices: Array) -> None:
+    schedule = plan.schedule
+    _kernels.run_topk(
+        _TRAVERSALS[schedule.traversal],
+        _STORAGES[x.dtype.name],
+        layout.kept,
+        layout.reduced,
+        x,
+        values,
+        indices,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
+
+
+def run_sampling(plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation) -> None:
+    schedule = plan.schedule
+    _kernels.run_sampling(
+        _TRAVERSALS[schedule.traversal],
+        _STORAGES[x.dtype.name],
+        layout.kept,
+        layout.reduced,
+        x,
+        uniforms,
+        draws,
+        terms.temperature,
+        terms.top_k or 0,
+        terms.top_p,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
+
+
+def merge_states(states: Array, others: Array, is_single: bool) -> None:
+    _kernels.merge_rows(states, others)
+
+
+def logsumexp_of_states(states: Array, is_single: bool) -> Array:
+    log_sums = np.empty(len(states))
+    _kernels.logsumexp_of_rows(states, is_single, log_sums)
+    return log_sums
+
+
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
     schedule = plan.schedule
+    if plan.function == "softmax_one":
+        run_states(plan, layout, x, out, None)
+        return
     kernel: Callable[..., None]
     arguments: tuple[Any, ...]
     if factors is None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan
+from fastsoftmax import _state
+from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan, Truncation
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
 
@@ -44,7 +45,7 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
         elif plan.function == "logsumexp":
             _write(logsumexp_rows(rows), out, layout.kept)
         else:
-            _write(softmax_rows(rows) if plan.function == "softmax" else log_softmax_rows(rows), out, dimensions)
+            _write(_MAP_ROWS[plan.function](rows), out, dimensions)
 
 
 def run_cross_entropy(
@@ -60,6 +61,53 @@ def run_cross_entropy(
         result, losses[...] = cross_entropy_rows(rows, targets, terms)
         if gradient is not None:
             _write(result, gradient, dimensions)
+
+
+def run_topk(plan: Plan, layout: Layout, x: Array, values: Array, indices: Array) -> None:
+    with np.errstate(all="ignore"):
+        rows = _rows(x, layout, [d.x_stride for d in layout.kept + layout.reduced]).reshape(-1, layout.n_cols)
+        indices[:] = _order(rows)[:, : indices.shape[1]]
+        values[:] = np.take_along_axis(softmax_rows(rows), indices, axis=1)
+
+
+def run_sampling(plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation) -> None:
+    with np.errstate(all="ignore"):
+        rows = _rows(x, layout, [d.x_stride for d in layout.kept + layout.reduced]).reshape(-1, layout.n_cols)
+        draws[:] = sampled_rows(rows, uniforms, terms)
+
+
+def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array) -> None:
+    dimensions = layout.kept + layout.reduced
+    precision = _precision(x.dtype == np.float32)
+    with np.errstate(all="ignore"):
+        rows = _rows(x, layout, [d.x_stride for d in dimensions]).reshape(-1, layout.n_cols)
+        if out is not None:
+            _write(normalized_rows(rows, states, precision), out, dimensions)
+        else:
+            for packed, row in zip(states, rows, strict=True):
+                state = _state.merge(_unpack(packed, precision), state_of_row(row, precision), precision)
+                packed[:] = _state.pack(state, precision)
+
+
+def merge_states(states: Array, others: Array, is_single: bool) -> None:
+    precision = _precision(is_single)
+    for packed, other in zip(states, others, strict=True):
+        merged = _state.merge(_unpack(packed, precision), _unpack(other, precision), precision)
+        packed[:] = _state.pack(merged, precision)
+
+
+def logsumexp_of_states(states: Array, is_single: bool) -> Array:
+    precision = _precision(is_single)
+    return np.array([_state.logsumexp(_unpack(packed, precision), precision) for packed in states])
+
+
+def _precision(is_single: bool) -> _state.Precision:
+    return _state.FLOAT32_WIDE if is_single else _state.FLOAT64
+
+
+def _unpack(packed: Array, precision: _state.Precision) -> _state.State:
+    maximum, offset, exponent, sum, residue = packed.tolist()
+    return _state.unpack(maximum, offset, exponent, sum, residue, precision)
 
 
 def _rows(array: Array, layout: Layout, strides: list[int]) -> Array:
@@ -98,6 +146,68 @@ def logsumexp_rows(rows: Array) -> Array:
     maximum = _maximum(rows)
     result: Array = (maximum + _log_sum(rows, maximum))[..., 0]
     return result
+
+
+def softmax_one_rows(rows: Array) -> Array:
+    """exp(x) / (1 + sum(exp(x))) over the last axis: the softmax with a zero more."""
+    maximum = np.maximum(_maximum(rows), 0)
+    terms = _exp_difference(rows, maximum)
+    terms /= terms.sum(axis=-1, keepdims=True) + np.exp(-maximum)
+    return terms
+
+
+def _order(rows: Array) -> Array:
+    """The indices of each row from the largest element down: NaN first, and of equal ones the lowest index."""
+    order: Array = np.lexsort((-rows, ~np.isnan(rows)))
+    return order
+
+
+def sampled_rows(rows: Array, uniforms: Array, terms: Truncation) -> Array:
+    """An index for each uniform number: the first whose cumulative probability is above it."""
+    rows = rows / terms.temperature
+    maximum = _maximum(rows)
+    weights = np.where(rows == -np.inf, 0, _exp_difference(rows, maximum))
+    if terms.top_k is not None or terms.top_p < 1:
+        order = _order(rows)
+        ordered = np.take_along_axis(weights, order, axis=1)
+        ordered[:, terms.top_k or rows.shape[1] :] = 0
+        sums = ordered.cumsum(axis=1)
+        before = np.concatenate([np.zeros_like(sums[:, :1]), sums[:, :-1]], axis=1)
+        ordered[before >= terms.top_p * sums[:, -1:]] = 0
+        np.put_along_axis(weights, order, ordered, axis=1)
+    sums = weights.cumsum(axis=1)
+    targets = np.minimum(uniforms * sums[:, -1:], np.nextafter(sums[:, -1:], 0))
+    draws = [row.searchsorted(target, "right") for row, target in zip(sums, targets, strict=True)]
+    return np.where(np.isfinite(maximum), draws, -1)
+
+
+def state_of_row(row: Array, precision: _state.Precision) -> _state.State:
+    """The state of a float64 row."""
+    known = row[~np.isnan(row)]
+    maximum = float(known.max(initial=-np.inf))
+    if known.size < row.size or np.isinf(maximum):
+        return _state.State(maximum, 0.0 if known.size == row.size else np.nan, 0.0)
+    others = float(_sum_of_others(_exp_difference(row, np.asarray(maximum)), row)[0])
+    top, top_low = _state.term(maximum, *_state.reference(maximum, precision), precision)
+    sum = others * top
+    return _state.State(maximum, sum, _state.product_error(others, top, sum) + others * top_low)
+
+
+def normalized_rows(rows: Array, states: Array, precision: _state.Precision) -> Array:
+    """exp(x) over the sum of the exponentials that each row's state has seen."""
+    unpacked = [_unpack(packed, precision) for packed in states]
+    maximum = np.array([[state.maximum] for state in unpacked])
+    totals = np.array([[_total_over_top(state, precision)] for state in unpacked])
+    terms = np.where(rows > maximum, np.exp(rows - maximum), _exp_difference(rows, maximum))  # the former may overflow
+    return np.where(np.isnan(totals), np.nan, terms / totals)
+
+
+def _total_over_top(state: _state.State, precision: _state.Precision) -> float:
+    """The sum of exp(x - maximum) over what a state has seen; NaN if the maximum is infinite."""
+    if np.isinf(state.maximum):
+        return np.nan
+    top, top_low = _state.term(state.maximum, *_state.reference(state.maximum, precision), precision)
+    return sum(_state.total(state, precision)) / (top + top_low)
 
 
 def _maximum(rows: Array) -> Array:
@@ -204,6 +314,7 @@ def cross_entropy_rows(logits: Array, targets: Array, terms: CrossEntropy) -> tu
     return gradients, losses
 
 
+_MAP_ROWS = {"softmax": softmax_rows, "log_softmax": log_softmax_rows, "softmax_one": softmax_one_rows}
 _VJP_ROWS = {
     "softmax_vjp": softmax_vjp_rows,
     "log_softmax_vjp": log_softmax_vjp_rows,

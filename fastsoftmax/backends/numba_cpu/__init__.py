@@ -1,9 +1,10 @@
 """The Numba backend on the CPU: for machines where the compiled extension cannot be built.
 
 It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors,
-`terms` has the exponentials, `rows` and `tiles` the traversals. The others are loops over scalars, computed in float64
-with the functions of `scalars`: `weighted` for sums with factors, `derivatives` for vector-Jacobian products, and
-`cross_entropy`. The states of parts of a row merge by the functions of `fastsoftmax._state`.
+`terms` has the exponentials, `rows` and `tiles` the traversals, `streaming` the states that outlive a call. The others
+are loops over scalars, computed in float64 with the functions of `scalars`: `weighted` for sums with factors,
+`derivatives` for vector-Jacobian products, `cross_entropy`, and `selection` for the largest and for random draws. The
+states of parts of a row merge by the functions of `fastsoftmax._state`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,23 @@ try:
 except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
-from fastsoftmax import _schedule
-from fastsoftmax._dispatch import CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, Function, Plan
+from fastsoftmax import _schedule, _state
+from fastsoftmax._dispatch import BANDED, CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, Function, Plan, Truncation
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
 
-from . import cross_entropy, derivatives, rows, tiles
+from . import cross_entropy, derivatives, rows, selection, streaming, tiles
 from .weighted import BYTES_OF_WEIGHTED, run_weighted
 
 READS: frozenset[str] = frozenset()
 
 _FUNCTIONS = {"softmax": rows.SOFTMAX, "log_softmax": rows.LOG_SOFTMAX, "logsumexp": rows.LOGSUMEXP}
+_STREAMING_FUNCTIONS = {
+    "fold_states": streaming.FOLD_STATES,
+    "normalize": streaming.NORMALIZE,
+    "softmax_one": streaming.SOFTMAX_ONE,
+}
 _EXPONENTIALS = {
     "output": rows.IN_OUTPUT,
     "scratch": rows.IN_SCRATCH,
@@ -76,6 +82,8 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     if function in VJPS:
         if layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
             traversal, n_units = "strips", _count_strips(layout)
+    elif function in BANDED:
+        traversal = "rows" if layout.has_contiguous_rows else "gather"
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
@@ -140,6 +148,8 @@ def _prepare(plan: Plan, layout: Layout) -> _Call:
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
     if factors is not None and plan.function in VJPS:
         _run_vjp(plan, layout, x, factors.b, out)
+    elif plan.function == "softmax_one":
+        run_states(plan, layout, x, out, None)
     elif factors is not None:
         _run_weighted(plan.schedule, layout, x, out, factors)
     elif plan.schedule.traversal == "split":
@@ -232,6 +242,73 @@ def run_cross_entropy(
         cross_entropy.run_cross_entropy(*arguments, first, end, scratch)
 
     _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
+def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array | None) -> None:
+    n, tables = layout.n_cols, _tables(layout.kept + layout.reduced, layout.itemsize)
+    n_reduced = len(layout.reduced) if plan.schedule.traversal == "gather" else 0
+    function = _STREAMING_FUNCTIONS[plan.function]
+    addresses = tuple(map(_address, (x, out, states, tables)))
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(streaming.bytes_of_streaming(n, layout.itemsize))
+        sizes = (len(layout.kept), n_reduced, n)
+        streaming.run_streaming(_LIKE[layout.itemsize], function, *addresses, *sizes, first, end, scratch)
+
+    _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
+def run_topk(plan: Plan, layout: Layout, x: Array, values: Array, indices: Array) -> None:
+    """Fold rows, select from them while they are in the cache, and normalize what was selected."""
+    n, k, itemsize, like = layout.n_cols, values.shape[1], layout.itemsize, _LIKE[layout.itemsize]
+    states, tables = _state.identities(layout.n_rows), _tables(layout.kept + layout.reduced, itemsize)
+    selected = Dimension(layout.n_rows, k * itemsize, k * itemsize), Dimension(k, itemsize, itemsize)
+    tables_of_selected = _tables(selected, itemsize)
+    of_x, of_values, of_indices, of_states, of_tables, of_selected = map(
+        _address, (x, values, indices, states, tables, tables_of_selected)
+    )
+    n_reduced = len(layout.reduced) if plan.schedule.traversal == "gather" else 0
+    n_bytes = streaming.bytes_of_streaming(n, itemsize) + selection.bytes_of_selection(n, k)
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(n_bytes)
+        together = max(1, rows.BATCH_BYTES // (n * itemsize))
+        for row in range(first, end, together):
+            few = (row, min(row + together, end), scratch)
+            streaming.run_streaming(
+                like, streaming.FOLD_STATES, of_x, 0, of_states, of_tables, len(layout.kept), n_reduced, n, *few
+            )
+            selection.run_selection(
+                like, of_x, of_values, of_indices, k, of_tables, len(layout.kept), len(layout.reduced), n, *few
+            )
+            streaming.run_streaming(
+                like, streaming.NORMALIZE, of_values, of_values, of_states, of_selected, 1, 0, k, *few
+            )
+
+    _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
+def run_sampling(plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation) -> None:
+    n, tables = layout.n_cols, _tables(layout.kept + layout.reduced, layout.itemsize)
+    addresses = tuple(map(_address, (x, uniforms, draws)))
+    numbers = (uniforms.shape[1], terms.temperature, terms.top_k or 0, terms.top_p)
+    sizes = (_address(tables), len(layout.kept), len(layout.reduced), n)
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(selection.bytes_of_sampling(n))
+        selection.run_sampling(_LIKE[layout.itemsize], *addresses, *numbers, *sizes, first, end, scratch)
+
+    _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
+def merge_states(states: Array, others: Array, is_single: bool) -> None:
+    streaming.merge_rows(_LIKE[4 if is_single else 8], _address(states), _address(others), len(states))
+
+
+def logsumexp_of_states(states: Array, is_single: bool) -> Array:
+    log_sums = np.empty(len(states))
+    streaming.logsumexp_of_rows(_LIKE[4 if is_single else 8], _address(states), _address(log_sums), len(states))
+    return log_sums
 
 
 def _address(array: Array | None) -> int:
