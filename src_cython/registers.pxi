@@ -51,6 +51,12 @@ cdef extern from "simd.h" nogil:
     f64v f64v_where_nonzero(f64v p, f64v v)
     f32v f32v_swap(f32v v, unsigned distance)
     f64v f64v_swap(f64v v, unsigned distance)
+    void f32v_turn_blocks(f32v* rows)
+    void f64v_turn_blocks(f64v* rows)
+    f32v f32v_load_blocks(const char* p, Py_ssize_t step)
+    f64v f64v_load_blocks(const char* p, Py_ssize_t step)
+    void f32v_store_blocks(char* p, Py_ssize_t step, f32v v)
+    void f64v_store_blocks(char* p, Py_ssize_t step, f64v v)
     void f32v_transpose(f32v* rows)
     void f64v_transpose(f64v* rows)
     float f32v_lane(f32v v, int lane)
@@ -261,6 +267,34 @@ cdef inline void transpose(vec* rows) noexcept nogil:
         f32v_transpose(rows)
     else:
         f64v_transpose(rows)
+
+
+cdef inline int block_length(const vec* like) noexcept nogil:
+    """Elements in a block of 16 bytes."""
+    return 16 // itemsize(like)
+
+
+cdef inline void turn_blocks(vec* rows) noexcept nogil:
+    """`transpose` within blocks, of as many registers as a block has elements."""
+    if vec is f32v:
+        f32v_turn_blocks(rows)
+    else:
+        f64v_turn_blocks(rows)
+
+
+cdef inline vec load_blocks(const char* p, Py_ssize_t step, const vec* like) noexcept nogil:
+    """A register of blocks that are `step` bytes apart."""
+    if vec is f32v:
+        return f32v_load_blocks(p, step)
+    else:
+        return f64v_load_blocks(p, step)
+
+
+cdef inline void store_blocks(char* p, Py_ssize_t step, vec v) noexcept nogil:
+    if vec is f32v:
+        f32v_store_blocks(p, step, v)
+    else:
+        f64v_store_blocks(p, step, v)
 
 
 cdef inline double lane(vec v, int index) noexcept nogil:

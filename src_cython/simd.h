@@ -163,6 +163,22 @@ static const u64v f64v_lanes = {0, 1,
 /* Unrolled, for the compiler knows an instruction for a permutation only if it knows the permutation. */
 #define DEFINE_PERMUTATIONS(T, real)                                                                                   \
     static inline T T##_swap(T v, unsigned distance) { return __builtin_shuffle(v, T##_lanes ^ distance); }            \
+    /* Within blocks of 16 bytes, of as many registers as one has elements. */                                         \
+    static inline void T##_turn_blocks(T *rows)                                                                        \
+    {                                                                                                                  \
+        enum { BLOCK = 16 / sizeof(real) };                                                                            \
+        _Pragma("GCC unroll 2") for (unsigned half = BLOCK / 2; half; half /= 2)                                       \
+        {                                                                                                              \
+            T zipped[BLOCK];                                                                                           \
+            _Pragma("GCC unroll 2") for (unsigned j = 0; j < BLOCK / 2; j++)                                           \
+            {                                                                                                          \
+                T a = rows[j], b = rows[j + BLOCK / 2];                                                                \
+                zipped[2 * j] = __builtin_shuffle(a, b, T##_zip);                                                      \
+                zipped[2 * j + 1] = __builtin_shuffle(a, b, T##_zip + BLOCK / 2);                                      \
+            }                                                                                                          \
+            _Pragma("GCC unroll 4") for (unsigned j = 0; j < BLOCK; j++) rows[j] = zipped[j];                          \
+        }                                                                                                              \
+    }                                                                                                                  \
     static inline void T##_transpose(T *rows)                                                                          \
     {                                                                                                                  \
         enum { LANES = sizeof(T) / sizeof(real), BLOCK = 16 / sizeof(real) };                                          \
@@ -178,20 +194,7 @@ static const u64v f64v_lanes = {0, 1,
                     __builtin_shuffle(a, b, T##_lanes + distance + (T##_lanes & distance) * (LANES / distance - 1));   \
             }                                                                                                          \
         }                                                                                                              \
-        _Pragma("GCC unroll 2") for (unsigned half = BLOCK / 2; half; half /= 2)                                       \
-        {                                                                                                              \
-            _Pragma("GCC unroll 8") for (unsigned i = 0; i < LANES; i += BLOCK)                                        \
-            {                                                                                                          \
-                T zipped[BLOCK];                                                                                       \
-                _Pragma("GCC unroll 2") for (unsigned j = 0; j < BLOCK / 2; j++)                                       \
-                {                                                                                                      \
-                    T a = rows[i + j], b = rows[i + j + BLOCK / 2];                                                    \
-                    zipped[2 * j] = __builtin_shuffle(a, b, T##_zip);                                                  \
-                    zipped[2 * j + 1] = __builtin_shuffle(a, b, T##_zip + BLOCK / 2);                                  \
-                }                                                                                                      \
-                _Pragma("GCC unroll 4") for (unsigned j = 0; j < BLOCK; j++) rows[i + j] = zipped[j];                  \
-            }                                                                                                          \
-        }                                                                                                              \
+        _Pragma("GCC unroll 8") for (unsigned i = 0; i < LANES; i += BLOCK) T##_turn_blocks(rows + i);                 \
     }
 #else
 #define DEFINE_PERMUTATIONS(T, real)                                                                                   \
@@ -201,6 +204,19 @@ static const u64v f64v_lanes = {0, 1,
         for (unsigned lane = 0; lane < sizeof(T) / sizeof(real); lane++)                                               \
             result[lane] = v[lane ^ distance];                                                                         \
         return result;                                                                                                 \
+    }                                                                                                                  \
+    static inline void T##_turn_blocks(T *rows)                                                                        \
+    {                                                                                                                  \
+        enum { BLOCK = 16 / sizeof(real) };                                                                            \
+        for (unsigned lane = 0; lane < sizeof(T) / sizeof(real); lane += BLOCK) {                                      \
+            for (unsigned i = 1; i < BLOCK; i++) {                                                                     \
+                for (unsigned j = 0; j < i; j++) {                                                                     \
+                    real above = rows[j][lane + i];                                                                    \
+                    rows[j][lane + i] = rows[i][lane + j];                                                             \
+                    rows[i][lane + j] = above;                                                                         \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
     }                                                                                                                  \
     static inline void T##_transpose(T *rows)                                                                          \
     {                                                                                                                  \
@@ -216,6 +232,46 @@ static const u64v f64v_lanes = {0, 1,
 
 DEFINE_PERMUTATIONS(f32v, float)
 DEFINE_PERMUTATIONS(f64v, double)
+
+/* As many blocks of 16 bytes as a register has, `step` bytes apart in memory. */
+typedef float block __attribute__((vector_size(16)));
+typedef float block_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+enum { BLOCKS = REGISTER_BYTES / 16 };
+#if REGISTER_BYTES == 64
+static inline f32v f32v_load_blocks(const char *p, long step)
+{
+    __m512 v = _mm512_castps128_ps512(*(const block_unaligned *)p);
+    v = _mm512_insertf32x4(v, *(const block_unaligned *)(p + step), 1);
+    v = _mm512_insertf32x4(v, *(const block_unaligned *)(p + 2 * step), 2);
+    return (f32v)_mm512_insertf32x4(v, *(const block_unaligned *)(p + 3 * step), 3);
+}
+static inline void f32v_store_blocks(char *p, long step, f32v v)
+{
+    *(block_unaligned *)p = _mm512_castps512_ps128((__m512)v);
+    *(block_unaligned *)(p + step) = _mm512_extractf32x4_ps((__m512)v, 1);
+    *(block_unaligned *)(p + 2 * step) = _mm512_extractf32x4_ps((__m512)v, 2);
+    *(block_unaligned *)(p + 3 * step) = _mm512_extractf32x4_ps((__m512)v, 3);
+}
+#else
+static inline f32v f32v_load_blocks(const char *p, long step)
+{
+    block v[BLOCKS];
+    f32v result;
+    for (int i = 0; i < BLOCKS; i++)
+        v[i] = *(const block_unaligned *)(p + i * step);
+    memcpy(&result, v, sizeof v);
+    return result;
+}
+static inline void f32v_store_blocks(char *p, long step, f32v v)
+{
+    block blocks[BLOCKS];
+    memcpy(blocks, &v, sizeof v);
+    for (int i = 0; i < BLOCKS; i++)
+        *(block_unaligned *)(p + i * step) = blocks[i];
+}
+#endif
+static inline f64v f64v_load_blocks(const char *p, long step) { return (f64v)f32v_load_blocks(p, step); }
+static inline void f64v_store_blocks(char *p, long step, f64v v) { f32v_store_blocks(p, step, (f32v)v); }
 
 /* a * b + c with one rounding; only called where HAS_FMA. Left to the compiler, it may fuse the wrong one of two products. */
 #if REGISTER_BYTES == 64

@@ -61,6 +61,41 @@ cdef inline void turn_square(
             store_stored(target + i * target_stride, square[i], height, target_storage)
 
 
+cdef inline void read_tile(const char* rows, Py_ssize_t stride, Py_ssize_t n, vec* tile) noexcept nogil:
+    """Turn as many rows as a register has lanes to a tile, a block of columns at a time.
+
+    A square needs half the registers there are, and most of one is empty if rows are short: by squares (1000, 5) float32
+    take 9.6 us instead of 7.2, (1000, 37) 28.2 instead of 24.8. Rows shorter than a block are read with what is behind.
+    """
+    cdef vec[MAX_LANES] band
+    cdef Py_ssize_t column = 0, length = block_length(<const vec*>tile), first
+    cdef int i
+    while column < n:
+        first = max(<Py_ssize_t>0, min(column, n - length))  # the last block may overlap the one before
+        for i in range(length):
+            band[i] = load_blocks(rows + i * stride + first * itemsize(<const vec*>tile), length * stride, <const vec*>tile)
+        turn_blocks(band)
+        for i in range(length):
+            if first + i < n:
+                store(tile + first + i, band[i])
+        column += length
+
+
+cdef inline void write_tile(const vec* tile, Py_ssize_t n, char* rows, Py_ssize_t stride) noexcept nogil:
+    """The reverse of `read_tile`, for rows of a block at least."""
+    cdef vec[MAX_LANES] band
+    cdef Py_ssize_t column = 0, length = block_length(tile), first
+    cdef int i
+    while column < n:
+        first = min(column, n - length)
+        for i in range(length):
+            band[i] = load(tile + first + i)
+        turn_blocks(band)
+        for i in range(length):
+            store_blocks(rows + i * stride + first * itemsize(tile), length * stride, band[i])
+        column += length
+
+
 cdef inline const vec* below(const vec* p, Py_ssize_t row, Py_ssize_t stride) noexcept nogil:
     return <const vec*>(<const char*>p + row * stride)
 
@@ -357,16 +392,21 @@ cdef inline void run_turned_stored_as(
     cdef vec[TURNED_TILES] log_sums
     cdef vec* tile
     cdef Upcoming upcoming
-    cdef bint coarse = storage != AS_COMPUTED and job.function == SOFTMAX
+    cdef bint coarse = storage != AS_COMPUTED and job.function == SOFTMAX, is_readable
     cdef int t
     upcoming.place, upcoming.stride = <const char*>below(x, first + n_rows, x_stride), lanes(x) * stored_size(storage, x)
     upcoming.tile_stride = n * upcoming.stride
     x, y = below(x, first, x_stride), <vec*>below(<const vec*>y, first, y_stride)
     rows = tiles + TURNED_TILES * n if job.streaming else y  # scratch that results are streamed from
     for t in range(all_rows.n_tiles):
-        turn(
-            below(x, t * lanes(x), x_stride), x_stride, all_rows.count[t], n, tiles + t * n, REGISTER_BYTES, storage,
-            AS_COMPUTED, x)
+        # Short rows need something behind them: a row of the next tile.
+        is_readable = n >= block_length(x) or (t + 1 < all_rows.n_tiles and x_stride == n * itemsize(x))
+        if storage == AS_COMPUTED and is_readable and all_rows.count[t] == lanes(x):
+            read_tile(<const char*>below(x, t * lanes(x), x_stride), x_stride, n, tiles + t * n)
+        else:
+            turn(
+                below(x, t * lanes(x), x_stride), x_stride, all_rows.count[t], n, tiles + t * n, REGISTER_BYTES, storage,
+                AS_COMPUTED, x)
     reduce_tiles(tiles, n, &all_rows, n, upcoming, job.function, coarse, finishers, log_sums)
     if job.function == LOGSUMEXP:
         turn(log_sums, REGISTER_BYTES, 1, n_rows, y, y_stride, AS_COMPUTED, storage, x)
@@ -376,8 +416,11 @@ cdef inline void run_turned_stored_as(
         finish_tiles(
             <const vec*>tile, n, &whole_tile, n, job.function, coarse, <const vec*>finishers + t * FINISHERS, tile,
             REGISTER_BYTES, False, AS_COMPUTED)
-        turn(
-            tile, REGISTER_BYTES, n, all_rows.count[t], <vec*>below(<const vec*>rows, t * lanes(x), y_stride), y_stride,
-            AS_COMPUTED, storage, x)
+        if storage == AS_COMPUTED and n >= block_length(x) and all_rows.count[t] == lanes(x):
+            write_tile(<const vec*>tile, n, <char*>below(<const vec*>rows, t * lanes(x), y_stride), y_stride)
+        else:
+            turn(
+                tile, REGISTER_BYTES, n, all_rows.count[t], <vec*>below(<const vec*>rows, t * lanes(x), y_stride),
+                y_stride, AS_COMPUTED, storage, x)
     if job.streaming:
         stream_elements(<const vec*>rows, y, n_rows * n)
