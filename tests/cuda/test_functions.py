@@ -6,6 +6,7 @@ import pytest
 
 import fastsoftmax
 from fastsoftmax import record_plans
+from fastsoftmax.cuda._plan import IN_FLIGHT
 from tests.reference import exact, max_ulp_error, summand_scale
 
 DTYPES = {name: np.dtype(getattr(np, name, None) or getattr(ml_dtypes, name)) for name in
@@ -74,9 +75,23 @@ def test_rows_of_a_block(gpu, function, n_cols):
     assert launch.threads_per_row > 32
 
 
-def test_rows_that_do_not_fit_in_registers(gpu, function, small_plans):
-    launch = check(gpu, function, normals((3, 3001), np.float32), 1, 3, 3)
-    assert (launch.traversal, launch.has_rest) == ("rows", True)
+@pytest.mark.parametrize(("n_cols", "n_tiles", "has_rest"), [(515, 1, False), (6001, 5, True)])
+def test_rows_that_do_not_fit_in_registers(gpu, function, n_cols, n_tiles, has_rest, small_plans):
+    launch = check(gpu, function, normals((2, n_cols), np.float32), 1, 3, 3)
+    assert (launch.traversal, launch.stored, launch.has_rest) == ("rows", n_tiles * IN_FLIGHT, has_rest)
+    assert launch.shared_bytes == n_tiles * IN_FLIGHT * 64 * 16
+
+
+@pytest.mark.parametrize("n_cols", [1537, 5632])  # a little of a tile, and all tiles to their last element
+def test_rows_that_end_in_shared_memory(gpu, n_cols, small_plans):
+    launch = check(gpu, "softmax", normals((2, n_cols), np.float32), 1)
+    assert (launch.stored, launch.has_rest) == (IN_FLIGHT * -(-(n_cols - 512) // 1024), False)
+
+
+def test_long_rows_in_other_formats_and_places(gpu, dtype, small_plans):
+    assert check(gpu, "softmax", normals((2, 1031), dtype), 1, 1, 1).stored
+    apart = check(gpu, "softmax", normals((2, 391), dtype), 1, 1, 2)
+    assert (apart.vector, apart.stored, apart.has_rest) == (1, 2 * IN_FLIGHT, False)
 
 
 def test_rows_split_over_blocks(gpu, function, small_plans):
