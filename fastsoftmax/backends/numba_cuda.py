@@ -102,14 +102,18 @@ def compute(
         result = compute(kernel, borrowed[0], axis, borrowed[1], keepdims, borrowed[2], name)
         return hand_back(x, result) if out is None else out
     with library.on_device_of(x):
-        key = _key(library, kernel, x, axis, out, keepdims, g) if type(axis) is int or axis is None else None
+        address = library.address(x)
+        key: Hashable = None
+        if type(axis) is int or axis is None:
+            known_by = kernel, axis, keepdims, library.form(x), address % VECTOR_BYTES, library.device(x)
+            key = known_by if out is None and g is None else _longer_key(known_by, library, x, out, g)
         if (known := _known.get(key)) is None:
             return _compute(library, kernel, x, axis, out, keepdims, g, name, key)
-        address = library.address(x)
         g_address = address if g is None else library.address(g)
         result = library.empty(x, known.shape, known.offset) if out is None else out
         y_address = library.address(result)
-        if y_address % VECTOR_BYTES != known.alignment or not known.may_write(y_address, address, g_address):
+        may_write = out is None or known.may_write(y_address, address, g_address)
+        if y_address % VECTOR_BYTES != known.alignment or not may_write:
             return _compute(library, kernel, x, axis, result, keepdims, g, name)
         known.prepared.run({"x": address, "y": y_address, "g": g_address}, library.stream(x))
         if (plans := choices.get().plans) is not None:
@@ -117,20 +121,16 @@ def compute(
         return result
 
 
-def _key(library: Library, kernel: Kernel, x: Any, axis: Any, out: Any, keepdims: bool, g: Any) -> Hashable:
-    """Return what a call is remembered by; None if its arrays do not go together."""
-    form, phase = library.form(x), library.address(x) % VECTOR_BYTES
-    if out is None and g is None:
-        return kernel, axis, keepdims, library.device(x), form, phase
-    parts = [kernel, axis, keepdims, library.device(x), form, phase]
+def _longer_key(key: tuple[Hashable, ...], library: Library, x: Any, out: Any, g: Any) -> Hashable:
+    """Return a key with what distinguishes an output and a gradient; None if they do not go together with x."""
     for array in (out, g):
         if array is None:
-            parts.append(None)
+            key += (None,)
         elif _are_together(library, x, array):
-            parts += (library.form(array), library.address(array) % VECTOR_BYTES)
+            key += library.form(array), library.address(array) % VECTOR_BYTES
         else:
             return None
-    return tuple(parts)
+    return key
 
 
 def _compute(
