@@ -116,7 +116,7 @@ def assemble(text, architecture, directory):
     stack, stores, loads = re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", said
     ).groups()
-    shared = re.search(r"(\d+) bytes smem", said)
+    shared, alignment = re.search(r"(\d+) bytes smem", said), re.search(r"\.extern \.shared \.align (\d+)", text)
     return {
         "architecture": architecture,
         "parameters": len(re.findall(r"^\s*\.param ", text.partition(".visible .entry")[2].partition("{")[0], re.M)),
@@ -124,6 +124,7 @@ def assemble(text, architecture, directory):
         "stack": int(stack),
         "spilled": int(stores) + int(loads),
         "shared": int(shared[1]) if shared else 0,
+        "stored_alignment": int(alignment[1]) if alignment else 0,
         **{instruction: text.count(instruction) for instruction in INSTRUCTIONS},
     }
 

@@ -17,7 +17,7 @@ from tests.reference import exact, max_ulp_error
 
 pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
 
-from fastsoftmax.cuda import _launch, _state
+from fastsoftmax.cuda import _arrays, _launch, _state
 from fastsoftmax.cuda._functions import n_inputs
 from fastsoftmax.cuda._plan import IN_FLIGHT, MEETING_BYTES, choose
 from fastsoftmax.cuda._vectors import FORMATS
@@ -292,6 +292,7 @@ def test_blocks_have_the_shared_memory_they_use(machine_code):
     for code in machine_code:
         if code["shared_bytes"]:  # asked for at the launch
             assert code["shared"] <= MEETING_BYTES, code
+            assert code["stored_alignment"] == 16, code
             assert code["shared"] + code["shared_bytes"] <= ptx.H200.shared_bytes, code
         assert code["shared"] <= 48 * 1024, code
 
@@ -444,6 +445,47 @@ def test_a_block_is_allowed_its_shared_memory_before_it_is_launched(launch):
     assert plan.shared_bytes == 7 * 32 * 1024 <= n_bytes == 226 * 1024
     assert launched[2] == (300, 1, 1, 512, 1, 1, plan.shared_bytes)
     assert launched[4][5] == plan.stored // IN_FLIGHT
+
+
+def test_streams_are_put_in_order_on_the_device(monkeypatch):
+    called = []
+
+    def record(name, *results):
+        return staticmethod(lambda *arguments: called.append((name, *arguments)) or (0, *results))
+
+    class Driver:
+        CUevent_flags = _launch.driver.CUevent_flags
+        cuEventCreate = record("create", "event")
+        cuEventRecord = record("record")
+        cuStreamWaitEvent = record("wait")
+        cuEventDestroy = record("destroy")
+
+    monkeypatch.setattr(_launch, "driver", Driver)
+    _launch.queue_behind(5, 9)
+    flags = Driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+    assert called == [("create", flags), ("record", "event", 9), ("wait", 5, "event", 0), ("destroy", "event")]
+
+
+def test_devices_without_the_instructions_are_refused(monkeypatch):
+    monkeypatch.setattr(_launch.cuda, "gpus", {0: SimpleNamespace(compute_capability=(7, 5))})
+    with pytest.raises(fastsoftmax.BackendUnavailableError, match=r"capability 8\.0 or newer, and device 0 has 7\.5"):
+        _launch.device_facts.__wrapped__(0)
+
+
+def test_what_torch_says_of_its_tensors():
+    """On tensors in main memory, of which Torch says the same."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    x = torch.zeros((6, 8), dtype=torch.bfloat16).t()
+    library = _arrays.library_of(type(x))
+    assert library is _arrays.library_of(torch.nn.Parameter)
+    assert library.view(x) == _arrays.View(x.data_ptr(), (8, 6), (2, 16), "bfloat16", 2)
+    assert library.empty(x, None).stride() == x.stride()
+    assert library.empty(x, (8,)).shape == (8,)
+    apart = library.empty(x.contiguous(), None, 3)
+    assert (apart.shape, apart.stride(), apart.data_ptr() % 16) == ((8, 6), (6, 1), 6)
+    borrowed = _arrays.borrow(x)
+    assert borrowed.data_ptr() == x.data_ptr()
+    assert hash(library.form(borrowed)) == hash(library.form(x))
 
 
 def test_a_refusal_of_the_driver_is_an_error(monkeypatch):

@@ -269,7 +269,10 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], offset: int, stream:
     """Return a new array of Numba's in C order, so many elements after a boundary, that names a stream as its own."""
     from numba import cuda
 
-    array = cuda.device_array(prod(shape) + offset, dtype)[offset:].reshape(shape)
+    if offset:
+        array = cuda.device_array(prod(shape) + offset, dtype)[offset:].reshape(shape)
+    else:
+        array = cuda.device_array(shape, dtype)
     return array.bind(cuda.external_stream(stream)) if stream else array
 
 

@@ -1,7 +1,7 @@
 """A few vectors of a row in a lane's registers, and the parts of a row that are gone through a few vectors at a time.
 
-With two inputs, the words of a vector of x are followed by those of the same vector of g, in registers and in shared
-memory alike.
+With two inputs, the words of a vector of x are followed in registers by those of the same vector of g. In shared memory
+the vectors of all lanes lie side by side, as a layer; there a layer of x is followed by that of g.
 """
 
 from __future__ import annotations
