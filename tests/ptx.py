@@ -28,7 +28,7 @@ from fastsoftmax.cuda._vectors import FORMATS
 
 ARCHITECTURES = (80, 90, 100)
 
-H200 = Device(n_multiprocessors=132, threads_per_multiprocessor=2048, l2_bytes=60 * 2**20, shared_bytes=227 * 1024)
+H200 = Device(n_multiprocessors=132, l2_bytes=60 * 2**20, shared_bytes=227 * 1024)
 
 # Shapes, and strides in elements where they are not those of C order: one of each kernel that a plan can ask for, with
 # the most registers. Where a kernel reads two arrays, rows are half as long.
@@ -43,9 +43,10 @@ SHAPES = {
     "rows split": ((1, 10_000_000), None),
     "strips": ((4096, 4096), None),
     "narrow strips": ((4096, 5), None),
+    "strips split": ((1_000_000, 8), None),
 }
 FUNCTIONS = ("softmax", "log_softmax", "logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp")
-LARGEST = ("rows of 512 threads", "long rows", "rows split", "strips")
+LARGEST = ("rows of 512 threads", "long rows", "rows split", "strips", "strips split")
 INSTRUCTIONS = (
     "ld.global.v4", "ld.global.v2", "st.global.v4", "st.global.v2", "ld.local", "st.local", "cp.async.cg",
     "ld.shared.v4", "ld.shared.v2", "ex2.approx.ftz.f32",

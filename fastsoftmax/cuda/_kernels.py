@@ -9,6 +9,7 @@ shares a row:
 - `chunk_state_kernel` and `chunk_result_kernel`: many blocks, one per chunk of a row. The first leaves a state for
   each chunk, the second merges them all, in the same order in every block.
 - `strip_kernel`: the lanes of a block side by side on adjacent rows, for a reduced axis that is not the last.
+- `strip_state_kernel` and `strip_result_kernel`: many blocks, one per chunk of the rows of a strip.
 
 A kernel is made from one of the functions, a `Format` and the numbers of a plan, and sees them as constants. Pointers
 are to unsigned integers of the element's size; `fastsoftmax.cuda._vectors` reads and writes by them. A row need not
@@ -198,25 +199,40 @@ def chunk_result_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any
 
 
 @cache
-def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int) -> Any:
-    """Make a kernel for rows that lie side by side: a block has a strip of them, ``blockDim.x`` vectors wide.
+def strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return device functions for what the lanes of a block do with a strip, or with a chunk of its elements.
 
-    Lanes above each other (in ``threadIdx.y``, a power of two of them) have different elements of the same rows. Each
-    element is read twice; strips are narrow enough that those under way stay in the L2 cache.
+    ``fold`` takes the elements of a lane's rows from one index to another into the states of a lane, ``meet`` makes of
+    those of all layers the states of rows, ``finish`` gets from them and from g what results need, and writes that of
+    logsumexp; ``write`` writes the others.
     """
     vector, _, _ = access(format, vectorized)
     strip, compute = across_rows(kernel, format, vectorized), arithmetic(kernel, format)
-    read, fold, write, n_tile = strip.read, strip.fold, strip.write, strip.n_words
+    read, fold_tile, write_tile, n_tile = strip.read, strip.fold, strip.write, strip.n_words
     advance, larger, close, of_row = compute.advance, compute.largest, compute.close, compute.of_row
     write_logsumexp, read_g = row_values(format).write_logsumexp, row_values(format).read_g
-    word, real, lowest, zero = format.word, format.real, compute.lowest, format.real(0)
+    word, zero = format.word, format.real(0)
     is_reduction, has_g, has_maximum = kernel == "logsumexp", kernel == "logsumexp_vjp", kernel not in PRODUCTS
-    n_meeting = threads * vector
 
     @device
-    def begin_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any) -> Any:
-        maxima[v], sums[v], ties[v] = lowest, zero, zero
-        return carry
+    def fold(
+        x: Any, x_start: Any, g: Any, g_start: Any, reduced: Any, begin: Any, end: Any, column: Any, n_inner: Any,
+        maxima: Any, sums: Any, ties: Any,
+    ) -> Any:  # fmt: skip
+        words = cuda.local.array(n_tile, word)
+        for j in range(begin, end, IN_FLIGHT * cuda.blockDim.y):
+            read(0, x, x_start, g, g_start, reduced, j, end, column, n_inner, words)
+            fold_tile(0, words, maxima, sums, ties)
+
+    @device
+    def write(
+        x: Any, x_start: Any, y: Any, y_start: Any, g: Any, g_start: Any, reduced: Any, begin: Any, end: Any,
+        column: Any, n_inner: Any, maxima: Any, shared: Any, lows: Any, gs: Any,
+    ) -> Any:  # fmt: skip
+        words = cuda.local.array(n_tile, word)
+        for j in range(begin, end, IN_FLIGHT * cuda.blockDim.y):
+            read(0, x, x_start, g, g_start, reduced, j, end, column, n_inner, words)
+            write_tile(0, y, y_start, reduced, j, end, column, n_inner, words, maxima, shared, lows, gs)
 
     @device
     def show_one(v: Any, carry: Any, values: Any, mine: Any, meeting: Any) -> Any:
@@ -231,43 +247,17 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
         return carry
 
     @device
-    def finish_one(
-        v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any,
-        base: Any, meeting_a: Any, meeting_b: Any, maxima: Any, shared: Any, lows: Any, gs: Any,
-    ) -> Any:  # fmt: skip
-        n_ties = meeting_b[base + v] if has_maximum else zero
-        shared[v], lows[v] = of_row(maxima[v], close(maxima[v], meeting_a[base + v], n_ties))
-        is_row = column + v >= 0 and column + v < n_inner
-        if is_reduction and is_row and cuda.threadIdx.y == 0:
-            write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shared[v])
-        gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
+    def close_one(v: Any, carry: Any, maxima: Any, sums: Any, base: Any, meeting_a: Any, meeting_b: Any) -> Any:
+        sums[v] = close(maxima[v], meeting_a[base + v], meeting_b[base + v] if has_maximum else zero)
         return carry
 
-    begin, show = repeated(begin_one, vector), repeated(show_one, vector)
-    advance_all, finish = repeated(advance_one, vector), repeated(finish_one, vector)
+    show, advance_all = repeated(show_one, vector), repeated(advance_one, vector)
+    close_all = repeated(close_one, vector)
 
-    def strips(
-        x: Any, y: Any, g: Any,
-        n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any,
-    ) -> None:  # fmt: skip
-        block, layer = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.y)
-        x_start, y_start, g_start = places(block // n_strips, kept)
-        column = (block % n_strips * cuda.blockDim.x + cuda.threadIdx.x) * vector - phase
-        stride = IN_FLIGHT * cuda.blockDim.y
-
-        words = cuda.local.array(n_tile, word)
-        maxima = cuda.local.array(vector, real)
-        sums = cuda.local.array(vector, real)
-        ties = cuda.local.array(vector, real)
-        begin(0, maxima, sums, ties)
-        for j in range(layer, n_cols, stride):
-            read(0, x, x_start, g, g_start, reduced, j, n_cols, column, n_inner, words)
-            fold(0, words, maxima, sums, ties)
-
+    @device
+    def meet(maxima: Any, sums: Any, ties: Any, meeting_a: Any, meeting_b: Any) -> Any:
         # Layers meet two by two: first their maxima, then the sums beside these.
-        meeting_a = cuda.shared.array(n_meeting, real)
-        meeting_b = cuda.shared.array(n_meeting, real)
-        base, layer_size = cuda.threadIdx.x * vector, cuda.blockDim.x * vector
+        layer, base, layer_size = cuda.threadIdx.y, cuda.threadIdx.x * vector, cuda.blockDim.x * vector
         mine = layer * layer_size + base
         if has_maximum:
             show(0, maxima, mine, meeting_a)
@@ -293,14 +283,175 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
                         meeting_b[place] += meeting_b[place + half * layer_size]
             cuda.syncthreads()
             half //= 2
+        close_all(0, maxima, sums, base, meeting_a, meeting_b)
+
+    @device
+    def finish_one(
+        v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any,
+        maxima: Any, sums: Any, shared: Any, lows: Any, gs: Any,
+    ) -> Any:  # fmt: skip
+        shared[v], lows[v] = of_row(maxima[v], sums[v])
+        is_row = column + v >= 0 and column + v < n_inner
+        if is_reduction and is_row and cuda.threadIdx.y == 0:
+            write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shared[v])
+        gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
+        return carry
+
+    return SimpleNamespace(fold=fold, meet=meet, finish=repeated(finish_one, vector), write=write)
+
+
+@cache
+def no_states(kernel: Kernel, format: Format, vectorized: bool) -> Any:
+    """Return a device function that begins the states of a lane's rows in a strip."""
+    lowest, zero = arithmetic(kernel, format).lowest, format.real(0)
+
+    @device
+    def begin_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any) -> Any:
+        maxima[v], sums[v], ties[v] = lowest, zero, zero
+        return carry
+
+    return repeated(begin_one, access(format, vectorized).vector)
+
+
+@cache
+def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int) -> Any:
+    """Make a kernel for rows that lie side by side: a block has a strip of them, ``blockDim.x`` vectors wide.
+
+    Lanes above each other (in ``threadIdx.y``, a power of two of them) have different elements of the same rows. Each
+    element is read twice; strips are narrow enough that those under way stay in the L2 cache.
+    """
+    vector, _, _ = access(format, vectorized)
+    part, begin, real = strip_parts(kernel, format, vectorized), no_states(kernel, format, vectorized), format.real
+    fold, meet, finish, write = part.fold, part.meet, part.finish, part.write
+    is_reduction, n_meeting = kernel == "logsumexp", threads * vector
+
+    def strips(
+        x: Any, y: Any, g: Any,
+        n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any,
+    ) -> None:  # fmt: skip
+        block, layer = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.y)
+        x_start, y_start, g_start = places(block // n_strips, kept)
+        column = (block % n_strips * cuda.blockDim.x + cuda.threadIdx.x) * vector - phase
+
+        maxima = cuda.local.array(vector, real)
+        sums = cuda.local.array(vector, real)
+        ties = cuda.local.array(vector, real)
+        meeting_a = cuda.shared.array(n_meeting, real)
+        meeting_b = cuda.shared.array(n_meeting, real)
+        begin(0, maxima, sums, ties)
+        fold(x, x_start, g, g_start, reduced, layer, n_cols, column, n_inner, maxima, sums, ties)
+        meet(maxima, sums, ties, meeting_a, meeting_b)
 
         shared = cuda.local.array(vector, real)
         lows = cuda.local.array(vector, real)
         gs = cuda.local.array(vector, real)
-        finish(0, y, y_start, g, g_start, column, n_inner, inner, base, meeting_a, meeting_b, maxima, shared, lows, gs)
+        finish(0, y, y_start, g, g_start, column, n_inner, inner, maxima, sums, shared, lows, gs)
         if not is_reduction:
-            for j in range(layer, n_cols, stride):
-                read(0, x, x_start, g, g_start, reduced, j, n_cols, column, n_inner, words)
-                write(0, y, y_start, reduced, j, n_cols, column, n_inner, words, maxima, shared, lows, gs)
+            write(x, x_start, y, y_start, g, g_start, reduced, layer, n_cols, column, n_inner, maxima, shared, lows, gs)
 
     return strips
+
+
+@cache
+def strip_state_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int) -> Any:
+    """Make a kernel that leaves the states of each chunk of the rows of each strip."""
+    vector, _, _ = access(format, vectorized)
+    part, begin, real = strip_parts(kernel, format, vectorized), no_states(kernel, format, vectorized), format.real
+    fold, meet, n_meeting = part.fold, part.meet, threads * vector
+
+    @device
+    def leave_one(
+        v: Any, carry: Any, maxima: Any, sums: Any, first_row: Any, n_chunks: Any, c: Any, column: Any, n_inner: Any,
+        of_maxima: Any, of_sums: Any,
+    ) -> Any:  # fmt: skip
+        if column + v >= 0 and column + v < n_inner and cuda.threadIdx.y == 0:
+            place = (first_row + column + v) * n_chunks + c
+            maxima[place] = of_maxima[v]
+            sums[place] = of_sums[v]
+        return carry
+
+    leave = repeated(leave_one, vector)
+
+    def strip_states(
+        x: Any, g: Any, maxima: Any, sums: Any, n_chunks: Any, chunk: Any,
+        n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any,
+    ) -> None:  # fmt: skip
+        strip, c = np.int64(cuda.blockIdx.x) // n_chunks, np.int64(cuda.blockIdx.x) % n_chunks
+        x_start, _, g_start = places(strip // n_strips, kept)
+        column = (strip % n_strips * cuda.blockDim.x + cuda.threadIdx.x) * vector - phase
+        first, end = c * chunk + cuda.threadIdx.y, min((c + 1) * chunk, n_cols)
+
+        of_maxima = cuda.local.array(vector, real)
+        of_sums = cuda.local.array(vector, real)
+        ties = cuda.local.array(vector, real)
+        meeting_a = cuda.shared.array(n_meeting, real)
+        meeting_b = cuda.shared.array(n_meeting, real)
+        begin(0, of_maxima, of_sums, ties)
+        fold(x, x_start, g, g_start, reduced, first, end, column, n_inner, of_maxima, of_sums, ties)
+        meet(of_maxima, of_sums, ties, meeting_a, meeting_b)
+        leave(0, maxima, sums, strip // n_strips * n_inner, n_chunks, c, column, n_inner, of_maxima, of_sums)
+
+    return strip_states
+
+
+@cache
+def strip_result_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int) -> Any:
+    """Make a kernel that merges the states of the chunks of a strip's rows and writes one chunk of their results.
+
+    A state is what a lane knows, with one element that is the maximum: so layers that merged some each meet as ever.
+    """
+    vector, _, _ = access(format, vectorized)
+    part, begin, compute = (
+        strip_parts(kernel, format, vectorized),
+        no_states(kernel, format, vectorized),
+        arithmetic(kernel, format),
+    )
+    meet, finish, write = part.meet, part.finish, part.write
+    advance, larger, real, one = compute.advance, compute.largest, format.real, format.real(1)
+    is_reduction, n_meeting = kernel == "logsumexp", threads * vector
+
+    @device
+    def merge_one(
+        v: Any, carry: Any, maxima: Any, sums: Any, first_row: Any, n_chunks: Any, c: Any, column: Any, n_inner: Any,
+        of_maxima: Any, of_sums: Any, ties: Any,
+    ) -> Any:  # fmt: skip
+        if column + v >= 0 and column + v < n_inner:
+            place = (first_row + column + v) * n_chunks + c
+            maximum = larger(of_maxima[v], maxima[place])
+            sum, n_ties = advance(of_maxima[v], of_sums[v], ties[v], maximum)
+            other_sum, other_ties = advance(maxima[place], sums[place], one, maximum)
+            of_maxima[v], of_sums[v], ties[v] = maximum, sum + other_sum, n_ties + other_ties
+        return carry
+
+    merge = repeated(merge_one, vector)
+
+    def strip_results(
+        x: Any, y: Any, g: Any, maxima: Any, sums: Any, n_chunks: Any, chunk: Any,
+        n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any,
+    ) -> None:  # fmt: skip
+        # From the last block to the first: what the kernel before read last is still in the cache.
+        block, layer = np.int64(cuda.gridDim.x) - 1 - cuda.blockIdx.x, np.int64(cuda.threadIdx.y)
+        strip = block if is_reduction else block // n_chunks
+        x_start, y_start, g_start = places(strip // n_strips, kept)
+        column = (strip % n_strips * cuda.blockDim.x + cuda.threadIdx.x) * vector - phase
+
+        of_maxima = cuda.local.array(vector, real)
+        of_sums = cuda.local.array(vector, real)
+        ties = cuda.local.array(vector, real)
+        meeting_a = cuda.shared.array(n_meeting, real)
+        meeting_b = cuda.shared.array(n_meeting, real)
+        begin(0, of_maxima, of_sums, ties)
+        for c in range(layer, n_chunks, cuda.blockDim.y):
+            first_row = strip // n_strips * n_inner
+            merge(0, maxima, sums, first_row, n_chunks, c, column, n_inner, of_maxima, of_sums, ties)
+        meet(of_maxima, of_sums, ties, meeting_a, meeting_b)
+
+        shared = cuda.local.array(vector, real)
+        lows = cuda.local.array(vector, real)
+        gs = cuda.local.array(vector, real)
+        finish(0, y, y_start, g, g_start, column, n_inner, inner, of_maxima, of_sums, shared, lows, gs)
+        if not is_reduction:
+            first, end = block % n_chunks * chunk + layer, min((block % n_chunks + 1) * chunk, n_cols)
+            write(x, x_start, y, y_start, g, g_start, reduced, first, end, column, n_inner, of_maxima, shared, lows, gs)
+
+    return strip_results

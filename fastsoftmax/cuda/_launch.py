@@ -68,22 +68,33 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
         signature = _kernels.signature(format, make(), len(kept) // 4, len(reduced) // 4)
         return Launch(make, signature, grid, plan.block, arguments, plan.shared_bytes)
 
+    # The state of a chunk is the same for all that have one of this kind: one kernel serves them.
+    stateful: Kernel = kernel if kernel in PRODUCTS else "softmax"
+    chunks = plan.n_chunks, plan.chunk
     if plan.traversal == "strips":
-        make = partial(_kernels.strip_kernel, kernel, format, vectorized, plan.block[0] * plan.block[1])
+        threads = plan.block[0] * plan.block[1]
         n_inner = layout.kept[-1].size
         n_strips = -(-(n_inner + phase) // plan.rows_per_block)
         outer = kept[:-4] or (1, 0, 0, 0)
         sizes_of_strips = n_inner, n_cols, phase, n_strips, outer, kept[-4:], reduced
-        return (launch(make, n_rows // n_inner * n_strips, "x", "y", "g", *sizes_of_strips),)
+        n_blocks = n_rows // n_inner * n_strips
+        if plan.n_chunks == 1:
+            make = partial(_kernels.strip_kernel, kernel, format, vectorized, threads)
+            return (launch(make, n_blocks, "x", "y", "g", *sizes_of_strips),)
+        states = partial(_kernels.strip_state_kernel, stateful, format, vectorized, threads)
+        results = partial(_kernels.strip_result_kernel, kernel, format, vectorized, threads)
+        n_of_results = n_blocks if kernel == "logsumexp" else n_blocks * plan.n_chunks
+        return (
+            launch(states, n_blocks * plan.n_chunks, "x", "g", "maxima", "sums", *chunks, *sizes_of_strips),
+            launch(results, n_of_results, "x", "y", "g", "maxima", "sums", *chunks, *sizes_of_strips),
+        )
     if plan.traversal == "rows":
         lanes = plan.threads_per_row if plan.threads_per_row <= 32 else 0
         make = partial(_kernels.row_kernel, kernel, format, vectorized, lanes, plan.held, plan.stored > 0)
         n_tiles = plan.stored // tile_vectors(n_inputs(kernel))
         sizes_of_rows = n_rows, n_cols, n_tiles, phase, kept, reduced
         return (launch(make, -(-n_rows // plan.rows_per_block), "x", "y", "g", *sizes_of_rows),)
-    sizes = plan.n_chunks, plan.chunk, n_cols, phase, kept, reduced
-    # The state of a chunk is the same for all that have one of this kind: one kernel serves them.
-    stateful: Kernel = kernel if kernel in PRODUCTS else "softmax"
+    sizes = *chunks, n_cols, phase, kept, reduced
     states = partial(_kernels.chunk_state_kernel, stateful, format, vectorized)
     results = partial(_kernels.chunk_result_kernel, kernel, format, vectorized)
     n_blocks = n_rows * plan.n_chunks
@@ -104,11 +115,12 @@ def _dimensions(dimensions: tuple[Dimension, ...], itemsize: int) -> tuple[int, 
 
 def launch_bounds(launch: Launch) -> int | tuple[int, int] | None:
     """Return the threads that a kernel must leave registers for, and so many blocks; None where it does anyway."""
-    # Asked of strips, ptxas for sm_80 would rather spill at 64 registers than take the 104 that are there for it; asked
-    # of long rows without saying that one block is enough, it does so at 40.
-    if launch.shared_bytes:
-        return MOST_THREADS, 1
-    return MOST_THREADS if launch.block == (MOST_THREADS, 1) else None
+    width, height = launch.block
+    if width * height < MOST_THREADS:
+        return None
+    # Unless one block is said to be enough, ptxas for sm_80 would rather spill at 40 registers of a long row, or at 64
+    # of a strip, than take the 100 that are there for it.
+    return (MOST_THREADS, 1) if launch.shared_bytes or height > 1 else MOST_THREADS
 
 
 def current_device() -> int:
@@ -150,7 +162,6 @@ def device_facts(device: int) -> Device:
     attribute = driver.CUdevice_attribute
     facts = (
         attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-        attribute.CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR,
         attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE,
         attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
     )
@@ -241,7 +252,7 @@ class _Bound:
 
 def prepare(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, address: int, device: int) -> Prepared:
     """Prepare the launches of a plan for an input at this address, or any other with the same alignment."""
-    n_states = layout.n_rows * plan.n_chunks if plan.traversal == "split" else 0
+    n_states = layout.n_rows * plan.n_chunks if plan.chunk else 0
     steps = launches(kernel, format, layout, plan, address % VECTOR_BYTES)
     return Prepared(steps, n_states, np.dtype(format.real).itemsize, device)
 

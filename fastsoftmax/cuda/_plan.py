@@ -35,18 +35,18 @@ IN_FLIGHT = 4
 # merge in a few steps each.
 CHUNK_THREADS, MOST_CHUNKS = 256, 1024
 
-# A strip is no narrower than a sector, the unit in which memory is read.
-STRIP_THREADS, SECTOR_BYTES = 512, 32
+# A strip is no narrower than a sector, the unit in which memory is read. One multiprocessor reads the most bytes of a
+# strip that is not split in about the time of a second launch, 3 us.
+STRIP_THREADS, SECTOR_BYTES, MOST_STRIP_BYTES = 512, 32, 256 * 1024
 
 # Of the L2 cache, for what is to be read again; the rest is for what is written meanwhile.
 CACHE_SHARE = 0.7
 
 
 class Device(NamedTuple):
-    """What a plan depends on: multiprocessors, their threads, and bytes of L2 cache and of a block's shared memory."""
+    """What a plan depends on: multiprocessors, and bytes of L2 cache and of a block's shared memory."""
 
     n_multiprocessors: int
-    threads_per_multiprocessor: int
     l2_bytes: int
     shared_bytes: int
 
@@ -59,7 +59,8 @@ class LaunchPlan:
     ----------
     traversal : {"rows", "split", "strips"}
         ``rows``: each row by the lanes of one block or of a part of it. ``split``: each row by many blocks, in two
-        launches. ``strips``: adjacent rows side by side, for a reduced axis that is not the last.
+        launches. ``strips``: adjacent rows side by side, for a reduced axis that is not the last; in two launches where
+        there are few and long ones.
     vector : int
         Elements that a lane reads at once: 16 bytes' worth, or 1 where memory lies otherwise.
     threads_per_row, rows_per_block : int
@@ -73,7 +74,7 @@ class LaunchPlan:
     has_rest : bool
         Whether rows are longer than what is held and stored; all else is read twice.
     n_chunks, chunk : int
-        Into how many chunks a row is split, and the elements of one.
+        Into how many chunks a row is split, and the elements of one; 0 where it is not, and one launch does it all.
     """
 
     traversal: Traversal
@@ -117,7 +118,8 @@ def choose(layout: Layout, phases: tuple[int, ...], device: Device, n_inputs: in
     """
     if _has_strips(layout, len(phases)):
         vector = VECTOR_BYTES // layout.itemsize if _is_vectorized(layout, phases, strip=True) else 1
-        plan = _strips(layout, vector, device, n_inputs)
+        phase = phases[0] // layout.itemsize if vector > 1 else 0
+        plan = _strips(layout, vector, device, n_inputs, phase)
         # Lanes that have a row each, or some of it, read a few short and adjacent rows as well as strips of them do.
         if plan.block[0] * plan.block[1] >= WARP:
             return plan
@@ -196,17 +198,39 @@ def _split(n_vectors: int, vector: int) -> LaunchPlan:
     return LaunchPlan("split", vector, CHUNK_THREADS, 1, n_chunks=-(-n_vectors // chunk), chunk=chunk * vector)
 
 
-def _strips(layout: Layout, vector: int, device: Device, n_inputs: int) -> LaunchPlan:
+def _strips(layout: Layout, vector: int, device: Device, n_inputs: int, phase: int) -> LaunchPlan:
+    """Choose for rows side by side; ``phase`` is how many elements after a 16-byte boundary they begin.
+
+    Blocks of 512 lanes with more than 64 registers each are alone on their multiprocessors, and as many strips are
+    under way at a time. Strips that are too few for all of them, and long, are split, and as wide as may be: nothing is
+    found in the cache again then.
+    """
     lane_bytes = vector * layout.itemsize
-    layers = min(_power_of_two(-(-layout.n_cols // IN_FLIGHT)), STRIP_THREADS)
-    lanes = min(_power_of_two(-(-layout.kept[-1].size // vector) + (vector > 1)), WARP)
-    n_blocks = device.n_multiprocessors * device.threads_per_multiprocessor // STRIP_THREADS
-    while lanes * lane_bytes > SECTOR_BYTES and (
-        lanes * lane_bytes * layout.n_cols * n_inputs * n_blocks > CACHE_SHARE * device.l2_bytes
-        and layers > STRIP_THREADS // lanes
-    ):
+    # In float64 the strips of sm_100 spill where 512 lanes have 128 registers each.
+    most_threads = STRIP_THREADS // 2 if layout.itemsize == 8 else STRIP_THREADS
+    most_layers = min(_power_of_two(-(-layout.n_cols // IN_FLIGHT)), most_threads)
+    n_vectors = -(-(layout.kept[-1].size + phase) // vector)
+    widest = lanes = min(_power_of_two(n_vectors), WARP)
+
+    def n_strips(lanes: int) -> int:
+        return layout.n_rows // layout.kept[-1].size * -(-n_vectors // lanes)
+
+    while lanes * lane_bytes > SECTOR_BYTES and most_layers > most_threads // lanes:
+        n_under_way = min(n_strips(lanes), device.n_multiprocessors)
+        if lanes * lane_bytes * layout.n_cols * n_inputs * n_under_way <= CACHE_SHARE * device.l2_bytes:
+            break
         lanes //= 2
-    return LaunchPlan("strips", vector, min(layers, STRIP_THREADS // lanes), lanes * vector)
+    are_few = 2 * n_strips(lanes) <= device.n_multiprocessors
+    if are_few:
+        lanes = widest
+    layers = min(most_layers, most_threads // lanes)
+    unit = layers * IN_FLIGHT  # elements of each row that a block reads at once
+    n_chunks = min(-(-layout.n_cols // unit), 2 * device.n_multiprocessors // n_strips(lanes), MOST_CHUNKS)
+    if not are_few or n_chunks < 2 or lanes * lane_bytes * layout.n_cols * n_inputs <= MOST_STRIP_BYTES:
+        return LaunchPlan("strips", vector, layers, lanes * vector)
+    chunk = unit * -(-layout.n_cols // (unit * n_chunks))
+    n_chunks = -(-layout.n_cols // chunk)
+    return LaunchPlan("strips", vector, layers, lanes * vector, n_chunks=n_chunks, chunk=chunk)
 
 
 def _power_of_two(size: int) -> int:

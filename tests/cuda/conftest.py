@@ -128,7 +128,7 @@ def small_plans(monkeypatch):
     from fastsoftmax.backends import numba_cuda
     from fastsoftmax.cuda import _launch, _plan
 
-    card = _plan.Device(n_multiprocessors=4, threads_per_multiprocessor=1024, l2_bytes=1 << 20, shared_bytes=21 << 10)
+    card = _plan.Device(n_multiprocessors=4, l2_bytes=1 << 20, shared_bytes=21 << 10)
     monkeypatch.setattr(_launch, "device_facts", lambda device: card)
 
     monkeypatch.setattr(_plan, "MOST_THREADS", 64)
@@ -139,6 +139,7 @@ def small_plans(monkeypatch):
     monkeypatch.setattr(_plan, "HELD", 2)
     monkeypatch.setattr(_plan, "CHUNK_THREADS", 64)
     monkeypatch.setattr(_plan, "STRIP_THREADS", 64)
+    monkeypatch.setattr(_plan, "MOST_STRIP_BYTES", 1024)
     numba_cuda._prepare.cache_clear()
     numba_cuda._known.clear()
     yield

@@ -23,7 +23,7 @@ from fastsoftmax.cuda._plan import Device
 assert config.ENABLE_CUDASIM
 
 # A small card, so that small arrays have the plans of large ones.
-SMALL_CARD = Device(n_multiprocessors=4, threads_per_multiprocessor=1024, l2_bytes=1 << 20, shared_bytes=21 << 10)
+SMALL_CARD = Device(n_multiprocessors=4, l2_bytes=1 << 20, shared_bytes=21 << 10)
 
 BOUNDARY = 256
 _allocations = {}  # by address

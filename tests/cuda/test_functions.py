@@ -106,6 +106,18 @@ def test_strips(gpu, function, dtype, shape, small_plans):
     assert launch.vector == (16 // dtype.itemsize if shape[-1] * dtype.itemsize % 16 == 0 else 1)
 
 
+@pytest.mark.parametrize(("shape", "n_chunks"), [((130, 9), 5), ((2, 130, 8), 2)])
+def test_strips_split_over_blocks(gpu, function, shape, n_chunks, small_plans):
+    x = normals(shape, np.float32)
+    x[..., 40:80, 3] = -np.inf  # the only elements of a row in some chunks
+    launch = check(gpu, function, x, -2)
+    assert (launch.traversal, launch.n_chunks) == ("strips", n_chunks)
+
+
+def test_strips_split_over_blocks_in_other_formats(gpu, dtype, small_plans):
+    assert check(gpu, "softmax", normals((270, 8), dtype), 0).n_chunks > 1
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), (0, 1), None])
 def test_any_axes(gpu, function, axis):
     check(gpu, function, normals((3, 4, 5), np.float32), axis)

@@ -45,12 +45,20 @@ def test_rows(gpu, kernel, shape, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((21, 24), np.float16), ((21, 24), np.float32), ((2, 9, 21), np.float32), ((9, 8), np.float64)]
+    ("shape", "dtype"),
+    [((21, 24), np.float16), ((21, 24), np.float32), ((2, 9, 21), np.float32), ((20, 8), np.float64)],
 )
 def test_strips(gpu, kernel, shape, dtype, small_plans):
     launch = check(gpu, kernel, shape, -2, dtype)
     assert launch.traversal == "strips"
     assert launch.vector == (16 // np.dtype(dtype).itemsize if shape[-1] % 8 == 0 else 1)
+
+
+@pytest.mark.parametrize("shape", [(130, 9), (2, 130, 8)])
+def test_strips_split_over_blocks(gpu, kernel, shape, small_plans):
+    launch = check(gpu, kernel, shape, -2)
+    assert launch.traversal == "strips"
+    assert launch.n_chunks > 1
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), None])
@@ -74,7 +82,7 @@ def test_rows_split_over_blocks(gpu, kernel, small_plans):
 
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((300, 16385), 1), ((300, 32768), 1), ((2, 1_000_003), 1), ((4096, 512), 0)]
+    ("shape", "axis"), [((300, 16385), 1), ((300, 32768), 1), ((2, 1_000_003), 1), ((4096, 512), 0), ((100_000, 8), 0)]
 )
 def test_large_arrays(gpu, kernel, shape, axis):
     check(gpu, kernel, shape, axis)
