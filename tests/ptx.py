@@ -134,13 +134,14 @@ def representatives(dtype):
     """Return shapes and functions whose kernels stand for all: 3 s of a processor for each.
 
     In float32 it is every function in the traversals that take the most registers, and softmax in the others; in
-    bfloat16 and float64, one that reads one array and one that reads two. float16 differs from bfloat16 in how elements
-    are converted.
+    bfloat16 and float64, of the former those of one that reads one array and of one that reads two. float16 differs
+    from bfloat16 in how elements are converted.
     """
     if dtype == "float16":
         return [("rows of 512 threads", "softmax"), ("strips", "softmax_vjp")]
-    functions = FUNCTIONS if dtype == "float32" else ("softmax", "softmax_vjp")
-    return [(name, function) for name in SHAPES for function in (functions if name in LARGEST else FUNCTIONS[:1])]
+    if dtype == "float32":
+        return [(name, function) for name in SHAPES for function in (FUNCTIONS if name in LARGEST else FUNCTIONS[:1])]
+    return [(name, function) for name in LARGEST for function in ("softmax", "log_softmax_vjp")]
 
 
 def report(dtype, pairs):

@@ -75,14 +75,13 @@ def test_rows_of_a_block(gpu, function, n_cols):
     assert launch.threads_per_row > 32
 
 
-@pytest.mark.parametrize(("n_cols", "n_tiles", "has_rest"), [(515, 1, False), (6001, 5, True)])
-def test_rows_that_do_not_fit_in_registers(gpu, function, n_cols, n_tiles, has_rest, small_plans):
-    launch = check(gpu, function, normals((2, n_cols), np.float32), 1, 3, 3)
-    assert (launch.traversal, launch.stored, launch.has_rest) == ("rows", n_tiles * IN_FLIGHT, has_rest)
-    assert launch.shared_bytes == n_tiles * IN_FLIGHT * 64 * 16
+def test_rows_that_do_not_fit_in_registers(gpu, function, small_plans):
+    launch = check(gpu, function, normals((2, 6001), np.float32), 1, 3, 3)
+    assert (launch.traversal, launch.stored, launch.has_rest) == ("rows", 5 * IN_FLIGHT, True)
+    assert launch.shared_bytes == 5 * IN_FLIGHT * 64 * 16
 
 
-@pytest.mark.parametrize("n_cols", [1537, 5632])  # a little of a tile, and all tiles to their last element
+@pytest.mark.parametrize("n_cols", [513, 1537, 5632])  # a little of one tile or two, and five to their last element
 def test_rows_that_end_in_shared_memory(gpu, n_cols, small_plans):
     launch = check(gpu, "softmax", normals((2, n_cols), np.float32), 1)
     assert (launch.stored, launch.has_rest) == (IN_FLIGHT * -(-(n_cols - 512) // 1024), False)
@@ -106,16 +105,18 @@ def test_strips(gpu, function, dtype, shape, small_plans):
     assert launch.vector == (16 // dtype.itemsize if shape[-1] * dtype.itemsize % 16 == 0 else 1)
 
 
-@pytest.mark.parametrize(("shape", "n_chunks"), [((130, 9), 5), ((2, 130, 8), 2)])
-def test_strips_split_over_blocks(gpu, function, shape, n_chunks, small_plans):
-    x = normals(shape, np.float32)
-    x[..., 40:80, 3] = -np.inf  # the only elements of a row in some chunks
-    launch = check(gpu, function, x, -2)
-    assert (launch.traversal, launch.n_chunks) == ("strips", n_chunks)
+def test_strips_split_over_blocks(gpu, function, small_plans):
+    x = normals((130, 9), np.float32)
+    x[40:80, 3] = -np.inf  # the only elements of a row in some chunks
+    launch = check(gpu, function, x, 0)
+    assert (launch.traversal, launch.n_chunks) == ("strips", 5)
 
 
-def test_strips_split_over_blocks_in_other_formats(gpu, dtype, small_plans):
-    assert check(gpu, "softmax", normals((270, 8), dtype), 0).n_chunks > 1
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_vectors_of_strips_split_over_blocks(gpu, dtype, small_plans):
+    launch = check(gpu, "softmax", normals((2, 270, 8), DTYPES[dtype]), 1)
+    assert launch.vector == 16 // DTYPES[dtype].itemsize
+    assert launch.n_chunks > 1
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), (0, 1), None])
