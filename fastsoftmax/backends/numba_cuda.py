@@ -178,7 +178,8 @@ def _compute(
             plan, prepared = _prepare(kernel, *views, axes, keepdims, device)
             g_address = view.address if gradient is None else gradient.address
             prepared.run({"x": view.address, "y": result.address, "g": g_address}, stream)
-            if key is not None and is_one_stream and len(_known) < _REMEMBERED:
+            is_as_asked = is_one_stream and (out is None or target is out)
+            if key is not None and is_as_asked and len(_known) < _REMEMBERED:
                 x_extent, y_extent = view.at(0).extent(), result.at(0).extent()
                 _known[key] = _Known(
                     shape=shape if is_reduction else None,

@@ -217,6 +217,17 @@ def test_outputs_that_overlap_inputs(gpu, kernel):
             g[...] = before
 
 
+def test_what_was_written_elsewhere_first_is_not_remembered(gpu):
+    memory = on_device(gpu, normals(64))
+    x = memory[:16].reshape(4, 4)
+    expected = fastsoftmax.softmax(x, 1, backend="numpy")
+    for begin in (4, 32):  # the first shares memory with x
+        out, before = memory[begin : begin + 16].reshape(4, 4).T, memory.copy()
+        fastsoftmax.softmax(Named(x), 1, out=Named(out))
+        assert np.allclose(out, expected, rtol=1e-5)
+        memory[...] = before
+
+
 def test_gradients_may_keep_the_reduced_axes(gpu):
     a, g = normals((2, 3, 4)), normals((1, 3, 1))
     result = fastsoftmax.logsumexp_vjp(Named(on_device(gpu, a)), Named(on_device(gpu, g)), (0, 2), keepdims=True)
