@@ -55,7 +55,7 @@ def softmax_vjp(
     out : ndarray, optional
         Where to write the result; it must have the shape of ``p`` and the dtype of the result. It may be ``p`` or
         ``g``.
-    backend : {"cython", "numba", "numpy"}, optional
+    backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
     Returns
@@ -111,7 +111,7 @@ def log_softmax_vjp(
     out : ndarray, optional
         Where to write the result; it must have the shape of ``log_p`` and the dtype of the result. It may be ``log_p``
         or ``g``.
-    backend : {"cython", "numba", "numpy"}, optional
+    backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
     Returns
@@ -161,7 +161,7 @@ def logsumexp_vjp(
         Whether the result, and so ``g``, keeps the summed axes with length 1.
     out : ndarray, optional
         Where to write the result; it must have the shape of ``a`` and the dtype of the result. It may be ``a``.
-    backend : {"cython", "numba", "numpy"}, optional
+    backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
     Returns

@@ -362,7 +362,7 @@ def is_on_gpu(x: object) -> bool:
         return bool(is_cuda)
     if hasattr(kind, "__dlpack_device__"):
         return x.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)  # type: ignore[attr-defined]
-    return hasattr(kind, "__cuda_array_interface__")
+    return hasattr(x, "__cuda_array_interface__")
 
 
 def select_on_gpu(argument: str | None = None) -> Any:

@@ -97,12 +97,14 @@ def _styles(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
 
 
 def draw_row_lengths(measurements: Sequence[CardMeasurement], card: str, path: Path) -> None:
-    """Draw bandwidth over row length, a panel for each dtype, ours in colour, in the format of the suffix."""
+    """Draw bandwidth over row length, a panel for each function (down) and dtype (across), ours in colour."""
     from matplotlib.figure import Figure
 
-    dtypes = list(dict.fromkeys(measurement.case.dtype for measurement in measurements))
-    figure = Figure(figsize=(1.2 + _PANEL_WIDTH * len(dtypes), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    functions = list(dict.fromkeys(one.function for one in measurements))
+    dtypes = list(dict.fromkeys(one.case.dtype for one in measurements))
+    size = 1.2 + _PANEL_WIDTH * len(dtypes), 0.9 + 3.3 * len(functions)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(functions), len(dtypes), sharex=True, sharey=True, squeeze=False)
     peers = [name for name in dict.fromkeys(one.name for one in measurements) if name not in ("copy", "fastsoftmax")]
     styles: dict[str, dict[str, Any]] = {
         "copy": {"color": "#9aa7b1", "linewidth": 5, "alpha": 0.5},
@@ -110,19 +112,24 @@ def draw_row_lengths(measurements: Sequence[CardMeasurement], card: str, path: P
     }
     for name, marker in zip(peers, _PEER_MARKERS, strict=False):
         styles[name] = {"color": _GREY, "marker": marker, "markerfacecolor": "none", "linewidth": 0.8}
-    for panel, dtype in zip(panels, dtypes, strict=True):
+    for (row, column), panel in np.ndenumerate(panels):
+        function, dtype = functions[row], dtypes[column]
         for name, style in styles.items():
-            members = [one for one in measurements if (one.case.dtype, one.name) == (dtype, name)]
-            lengths = [one.case.shape[one.case.axis] for one in members]
-            panel.plot(lengths, [one.gigabytes_per_second for one in members], label=name, **style)
+            of_panel = [
+                one for one in measurements if (one.function, one.case.dtype, one.name) == (function, dtype, name)
+            ]
+            lengths = [one.case.shape[one.case.axis] for one in of_panel]
+            panel.plot(lengths, [one.gigabytes_per_second for one in of_panel], label=name, **style)
         panel.set_xscale("log", base=2)
         panel.set_ylim(bottom=0)
-        panel.set_title(dtype, loc="left", fontsize=11)
-        panel.set_xlabel("row length")
+        panel.set_title(f"{function}, {dtype}", loc="left", fontsize=11)
         panel.grid(axis="y", color="#eeeeee", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("GB/s")
-    handles, names = panels[0].get_legend_handles_labels()
+    for panel in panels[-1]:
+        panel.set_xlabel("row length")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("GB/s")
+    handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
-    figure.suptitle(f"softmax: bytes read and written once, over the median time\n{card}", fontsize=11)
+    figure.suptitle(f"Bytes read and written once, over the median time\n{card}", fontsize=11)
     figure.savefig(path, dpi=150)

@@ -1,7 +1,8 @@
 """Kernels of the CUDA backend as machine code, without a device: Numba's compiler to PTX, and ptxas.
 
-``python -m tests.ptx 90`` prints what becomes of each kernel for sm_90, as JSON. Each architecture takes a process of
-its own: Numba keeps device functions as it compiled them for the first.
+``python -m tests.ptx float32`` prints what becomes of kernels for this dtype on every architecture, as JSON: of those
+that stand for all in the tests, or of all after ``python -m tests.ptx float32 all``. What Numba makes of a kernel is
+the same for every architecture: it is compiled once, and turned into PTX for each.
 """
 
 import json
@@ -16,31 +17,40 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
-from numba import cuda
+from numba.cuda import compiler
 from numpy.lib.stride_tricks import as_strided
 
 from fastsoftmax._layout import make_layout
 from fastsoftmax.cuda import _launch
+from fastsoftmax.cuda._functions import n_inputs
 from fastsoftmax.cuda._plan import Device, choose
 from fastsoftmax.cuda._vectors import FORMATS
 
-H200 = Device(n_multiprocessors=132, threads_per_multiprocessor=2048, l2_bytes=60 * 2**20)
+ARCHITECTURES = (80, 90, 100)
+
+H200 = Device(n_multiprocessors=132, l2_bytes=60 * 2**20, shared_bytes=227 * 1024)
 
 # Shapes, and strides in elements where they are not those of C order: one of each kernel that a plan can ask for, with
-# the most registers.
+# the most registers. Where a kernel reads two arrays, rows are half as long.
 SHAPES = {
     "rows of a lane": ((100_000, 10), None),
     "rows of a warp": ((8192, 500), None),
     "rows of a block": ((8192, 2000), None),
     "rows of 512 threads": ((8192, 16384), None),
-    "rows with a rest": ((8192, 65536), None),
-    "rows elsewhere": ((64, 3000), (6008, 2)),
+    "long rows": ((8192, 65536), None),
+    "rows elsewhere": ((4096, 3000), (6008, 2)),
+    "long rows elsewhere": ((4096, 30000), (60008, 2)),
     "rows split": ((1, 10_000_000), None),
     "strips": ((4096, 4096), None),
     "narrow strips": ((4096, 5), None),
+    "strips split": ((1_000_000, 8), None),
 }
-FUNCTIONS = ("softmax", "log_softmax", "logsumexp")
-INSTRUCTIONS = ("ld.global.v4", "ld.global.v2", "st.global.v4", "st.global.v2", "ld.local", "ex2.approx.ftz.f32")
+FUNCTIONS = ("softmax", "log_softmax", "logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp")
+LARGEST = ("rows of 512 threads", "long rows", "rows split", "strips", "strips split")
+INSTRUCTIONS = (
+    "ld.global.v4", "ld.global.v2", "st.global.v4", "st.global.v2", "ld.local", "st.local", "cp.async.cg",
+    "ld.shared.v4", "ld.shared.v2", "ex2.approx.ftz.f32",
+)  # fmt: skip
 
 
 def find_ptxas():
@@ -59,32 +69,47 @@ def laid_out(shape, axis, itemsize, function="softmax", strides=None):
     axis %= len(shape)
     x_strides = tuple(stride * itemsize for stride in strides) if strides else _c_strides(shape, itemsize)
     x = as_strided(np.zeros(1, f"u{itemsize}"), shape, x_strides)
-    if function == "logsumexp":
-        shape = [1 if number == axis else size for number, size in enumerate(shape)]
-    y = as_strided(x, shape, _c_strides(shape, itemsize))
-    return make_layout(x, (axis,), y), (0,) if function == "logsumexp" else (0, 0)
+    reduced = [1 if number == axis else size for number, size in enumerate(shape)]
+    y_shape = reduced if function == "logsumexp" else shape
+    y = as_strided(x, y_shape, _c_strides(y_shape, itemsize))
+    g = None
+    if function.endswith("_vjp"):
+        g = as_strided(x, shape, _c_strides(shape, itemsize))
+    if function == "logsumexp_vjp":
+        g = np.broadcast_to(as_strided(x, reduced, _c_strides(reduced, itemsize)), shape)
+    n_arrays = {"logsumexp": 1, "softmax_vjp": 3, "log_softmax_vjp": 3}.get(function, 2)
+    return make_layout(x, (axis,), y, g), (0,) * n_arrays
 
 
 def _c_strides(shape, itemsize):
-    return tuple(itemsize * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+    return tuple(itemsize * int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape)))
 
 
 def launches(name, function, dtype):
     """Return the plan for one of the shapes, and its launches."""
     shape, strides = SHAPES[name]
+    if "rows" in name:
+        shape = shape[0], shape[1] // n_inputs(function)
     format = FORMATS[dtype]
     layout, phases = laid_out(shape, 0 if "strips" in name else 1, format.itemsize, function, strides)
-    plan = choose(layout, phases, H200)
+    plan = choose(layout, phases, H200, n_inputs(function))
     return plan, _launch.launches(function, format, layout, plan, 0)
 
 
-def assemble(launch, architecture, directory):
-    """Compile a kernel; return its registers, bytes of stack and of spilling, and the instructions in its PTX."""
-    capability = divmod(architecture, 10)
-    device = SimpleNamespace(compute_capability=capability)
-    options = {"device": False, "abi": "numba", "cc": capability, "launch_bounds": _launch.launch_bounds(launch)}
+def compiled(launch):
+    """Return a kernel as a library that gives its PTX for any architecture."""
+    # The functions it calls ask for the current device's architecture; what Numba makes of them does not depend on it.
+    device = SimpleNamespace(compute_capability=divmod(ARCHITECTURES[0], 10))
+    options = dict.fromkeys(("debug", "lineinfo", "fastmath", "forceinline", "lto"), False)
+    options |= {"opt": True, "device": False, "abi": "numba", "abi_info": None, "cc": device.compute_capability}
+    options["launch_bounds"] = _launch.launch_bounds(launch)
     with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: device):
-        text, _ = cuda.compile(launch.make(), launch.signature, **options)
+        library, _ = compiler._compile_pyfunc_with_fixup(launch.make(), launch.signature, **options)
+    return library
+
+
+def assemble(text, architecture, directory):
+    """Assemble PTX; return registers, bytes of stack, of spilling and of shared memory, and instructions of the PTX."""
     source = Path(directory, "kernel.ptx")
     source.write_text(text)
     command = [find_ptxas(), "-v", "-arch", f"sm_{architecture}", source, "-o", source.with_suffix(".cubin")]
@@ -92,39 +117,55 @@ def assemble(launch, architecture, directory):
     stack, stores, loads = re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", said
     ).groups()
+    shared, alignment = re.search(r"(\d+) bytes smem", said), re.search(r"\.extern \.shared \.align (\d+)", text)
     return {
-        "kernel": launch.make().__name__,
+        "architecture": architecture,
         "parameters": len(re.findall(r"^\s*\.param ", text.partition(".visible .entry")[2].partition("{")[0], re.M)),
-        "arguments": sum(len(one) if isinstance(one, tuple) else 1 for one in launch.arguments),
-        "threads": launch.block[0] * launch.block[1],
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "stack": int(stack),
         "spilled": int(stores) + int(loads),
+        "shared": int(shared[1]) if shared else 0,
+        "stored_alignment": int(alignment[1]) if alignment else 0,
         **{instruction: text.count(instruction) for instruction in INSTRUCTIONS},
     }
 
 
-def report(architecture):
-    """Assemble every kernel of softmax, and the largest ones of the other functions.
+def representatives(dtype):
+    """Return shapes and functions whose kernels stand for all: 3 s of a processor for each.
 
-    Of those for float16 one stands for all: they differ from those for bfloat16 in how elements are converted.
+    In float32 it is every function in the traversals that take the most registers, and softmax in the others; in
+    bfloat16 and float64, of the former those of one that reads one array and of one that reads two. float16 differs
+    from bfloat16 in how elements are converted.
     """
-    found = []
+    if dtype == "float16":
+        return [("rows of 512 threads", "softmax"), ("strips", "softmax_vjp")]
+    if dtype == "float32":
+        return [(name, function) for name in SHAPES for function in (FUNCTIONS if name in LARGEST else FUNCTIONS[:1])]
+    return [(name, function) for name in LARGEST for function in ("softmax", "log_softmax_vjp")]
+
+
+def report(dtype, pairs):
+    """Assemble the kernels for shapes and functions in a dtype, once for each architecture."""
+    found, seen = [], set()
     with tempfile.TemporaryDirectory() as directory:
-        for dtype in FORMATS:
-            for name in SHAPES if dtype != "float16" else ("rows of 512 threads",):
-                for function in FUNCTIONS if name in ("rows of 512 threads", "strips") else FUNCTIONS[:1]:
-                    plan, steps = launches(name, function, dtype)
-                    head = {
-                        "name": name,
-                        "function": function,
-                        "dtype": dtype,
-                        "vector": plan.vector,
-                        "held": plan.held,
-                    }
-                    found += [head | assemble(step, architecture, directory) for step in steps]
+        for name, function in pairs:
+            plan, steps = launches(name, function, dtype)
+            for step in steps:
+                if step.make() in seen:  # chunks have the same states for several functions
+                    continue
+                seen.add(step.make())
+                head = {"name": name, "function": function, "dtype": dtype, "kernel": step.make().__name__}
+                head |= {"vector": plan.vector, "held": plan.held, "threads": step.block[0] * step.block[1]}
+                head |= {"inputs": n_inputs(function), "shared_bytes": step.shared_bytes}
+                head["arguments"] = sum(len(one) if isinstance(one, tuple) else 1 for one in step.arguments)
+                library = compiled(step)
+                for architecture in ARCHITECTURES:
+                    text = library.get_asm_str(cc=divmod(architecture, 10))
+                    found.append(head | assemble(text, architecture, directory))
     return found
 
 
 if __name__ == "__main__":
-    json.dump(report(int(sys.argv[1])), sys.stdout, indent=1)
+    dtype, *rest = sys.argv[1:]
+    every = [(name, function) for name in SHAPES for function in FUNCTIONS]
+    json.dump(report(dtype, every if rest == ["all"] else representatives(dtype)), sys.stdout, indent=1)

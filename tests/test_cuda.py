@@ -17,8 +17,9 @@ from tests.reference import exact, max_ulp_error
 
 pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
 
-from fastsoftmax.cuda import _launch, _state
-from fastsoftmax.cuda._plan import IN_FLIGHT, choose
+from fastsoftmax.cuda import _arrays, _launch, _state
+from fastsoftmax.cuda._functions import n_inputs
+from fastsoftmax.cuda._plan import IN_FLIGHT, MEETING_BYTES, choose
 from fastsoftmax.cuda._vectors import FORMATS
 from tests import ptx
 
@@ -122,15 +123,21 @@ def test_what_is_not_the_maximum_keeps_its_digits(precision):
         ("bfloat16", (8192, 4096), 1, "rows", 8, 128, 1, 4, False, 1),
         ("float32", (8192, 8192), 1, "rows", 4, 512, 1, 4, False, 1),
         ("float32", (8192, 16384), 1, "rows", 4, 512, 1, 8, False, 1),
-        ("bfloat16", (4096, 65536), 1, "rows", 8, 512, 1, 6, True, 1),
-        ("float32", (4096, 65536), 1, "rows", 4, 512, 1, 6, True, 1),
+        ("float32", (8192, 16385), 1, "rows", 4, 512, 1, 6, False, 1),
+        ("bfloat16", (4096, 65536), 1, "rows", 8, 512, 1, 6, False, 1),
+        ("float32", (4096, 65536), 1, "rows", 4, 512, 1, 6, False, 1),
+        ("float32", (4096, 131072), 1, "rows", 4, 512, 1, 6, True, 1),
         ("float32", (4096, 262144), 1, "split", 4, 256, 1, 0, False, 64),
         ("float32", (1, 100_000_000), 1, "split", 4, 256, 1, 0, False, 1018),
-        ("float32", (2**17, 2**17), 1, "split", 4, 256, 1, 0, False, 32),
+        ("float32", (2**17, 2**17), 1, "rows", 4, 512, 1, 6, True, 1),
         ("float32", (8192, 8192), 0, "strips", 4, 256, 8, 0, False, 1),
         ("float32", (64, 100, 1000), 1, "strips", 4, 16, 128, 0, False, 1),
         ("float32", (16, 21, 128, 128), 1, "strips", 4, 8, 128, 0, False, 1),
         ("bfloat16", (16, 21, 5), 1, "strips", 1, 8, 8, 0, False, 1),
+        ("float32", (1_000_000, 64), 0, "strips", 4, 32, 64, 0, False, 261),
+        ("float32", (4096, 64), 0, "strips", 4, 32, 64, 0, False, 32),
+        ("float32", (500, 64), 0, "strips", 4, 32, 64, 0, False, 1),
+        ("float32", (1_000_000, 4, 16), 1, "rows", 1, 1, 128, 4, False, 1),
     ],
 )  # fmt: skip
 def test_plans(dtype, shape, axis, traversal, vector, threads, rows, held, has_rest, n_chunks):
@@ -143,6 +150,94 @@ def test_plans(dtype, shape, axis, traversal, vector, threads, rows, held, has_r
     )
     assert (plan.held, plan.has_rest, plan.n_chunks) == (held, has_rest, n_chunks)
     assert 32 <= plan.block[0] * plan.block[1] <= 512
+
+
+A100 = ptx.Device(n_multiprocessors=108, l2_bytes=40 * 2**20, shared_bytes=163 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "n_cols", "stored", "has_rest"),
+    [
+        (ptx.H200, "float32", 16384, 0, False),
+        (ptx.H200, "float32", 16388, 4, False),
+        (ptx.H200, "float32", 65536, 28, False),
+        (ptx.H200, "float32", 69632, 28, False),
+        (ptx.H200, "float32", 69636, 28, True),
+        (ptx.H200, "bfloat16", 131072, 28, False),
+        (ptx.H200, "float64", 32768, 28, False),
+        (A100, "float32", 53248, 20, False),
+        (A100, "float32", 53252, 20, True),
+    ],
+)
+def test_what_of_a_row_is_kept_in_shared_memory(card, dtype, n_cols, stored, has_rest):
+    plan = choose(*ptx.laid_out((4096, n_cols), 1, ITEMSIZES[dtype]), card)
+    assert (plan.traversal, plan.stored, plan.has_rest) == ("rows", stored, has_rest)
+    assert plan.shared_bytes == stored * 512 * 16 <= card.shared_bytes - MEETING_BYTES
+    kept = (plan.held + plan.stored) * plan.vector * plan.threads_per_row
+    assert (kept < n_cols) == has_rest
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "axis", "traversal", "held", "stored", "has_rest"),
+    [
+        ("softmax_vjp", (8192, 1024), 1, "rows", 2, 0, False),
+        ("softmax_vjp", (8192, 8192), 1, "rows", 4, 0, False),
+        ("softmax_vjp", (8192, 32768), 1, "rows", 3, 14, False),
+        ("log_softmax_vjp", (8192, 65536), 1, "rows", 3, 14, True),
+        ("logsumexp_vjp", (8192, 65536), 1, "rows", 6, 28, False),
+        ("softmax_vjp", (8192, 262144), 1, "split", 0, 0, False),
+        ("log_softmax_vjp", (1, 10_000_000), 1, "split", 0, 0, False),
+        ("logsumexp_vjp", (1, 10_000_000), 1, "split", 0, 0, False),
+        ("softmax_vjp", (4096, 4096), 0, "strips", 0, 0, False),
+        ("log_softmax_vjp", (64, 100, 1000), 1, "strips", 0, 0, False),
+        ("logsumexp_vjp", (64, 100, 1000), 1, "strips", 0, 0, False),
+    ],
+)
+def test_plans_of_derivatives(function, shape, axis, traversal, held, stored, has_rest):
+    plan = choose(*ptx.laid_out(shape, axis, 4, function), ptx.H200, n_inputs(function))
+    assert (plan.traversal, plan.vector) == (traversal, 4)
+    assert (plan.held, plan.stored, plan.has_rest) == (held, stored, has_rest)
+    assert plan.shared_bytes == stored * 512 * 16 * n_inputs(function)
+
+
+# More elements than 32 bits count, along rows, across them, in both and in a stride.
+LARGE = {
+    "many rows": ((2**30, 10), 1, None),
+    "long rows": ((3, 2**31 + 7), 1, None),
+    "strips": ((2**20, 5000), 0, None),
+    "strips of many": ((2**22, 3, 1000), 1, None),
+    "few strips": ((2**31 + 7, 5), 0, None),
+    "short rows beside each other": ((2**30, 2, 3), 1, None),
+    "a wide stride": ((8, 1000), 1, (2**33, 1)),
+    "rows elsewhere": ((4, 2**31), 1, (1, 4)),
+}
+
+
+@pytest.mark.parametrize("function", ptx.FUNCTIONS)
+@pytest.mark.parametrize("name", LARGE)
+def test_sizes_beyond_32_bits(function, name):
+    """No launch is refused, nothing is rounded, and every element belongs to one place of one block."""
+    shape, axis, strides = LARGE[name]
+    layout, phases = ptx.laid_out(shape, axis, 4, function, strides)
+    plan = choose(layout, phases, ptx.H200, n_inputs(function))
+    for step in _launch.launches(function, FORMATS["float32"], layout, plan, 0):
+        assert 0 < step.grid < 2**31  # the most blocks in x
+        numbers = [number for number in flat(step.arguments) if not isinstance(number, str)]
+        assert all(type(number) is int and abs(number) < 2**63 for number in numbers)
+        types = [str(one) for one in step.signature.args if not str(one).endswith("*")]
+        assert all(one == "int64" or one.startswith("UniTuple(int64") for one in types), types
+        assert layout.n_cols in numbers
+        if plan.traversal == "rows":
+            assert layout.n_rows in numbers
+            assert step.grid * plan.rows_per_block >= layout.n_rows
+        elif plan.traversal == "split":
+            assert plan.n_chunks * plan.chunk >= layout.n_cols
+            assert step.grid in (layout.n_rows, layout.n_rows * plan.n_chunks)
+        else:
+            n_inner = layout.kept[-1].size
+            assert step.grid * plan.rows_per_block >= layout.n_rows
+            assert step.grid % (layout.n_rows // n_inner) == 0
+            assert plan.n_chunks == 1 or plan.n_chunks * plan.chunk >= layout.n_cols
 
 
 def test_vectors_need_rows_on_the_same_boundaries():
@@ -169,35 +264,42 @@ def test_chunks_cover_a_row_and_end_where_loops_do(n_cols):
 # Machine code
 
 
-ARCHITECTURES = (80, 90, 100)
-
-
 @pytest.fixture(scope="module")
 def compilers():
-    """Processes that compile every kernel, one for each architecture, all at once: each takes 45 s of a processor."""
+    """Processes that compile kernels for every architecture, one for each dtype, all at once."""
     if ptx.find_ptxas() is None:
         pytest.skip("there is no ptxas: pip install nvidia-cuda-nvcc")
     root, pipes = Path(__file__).parent.parent, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    commands = {number: [sys.executable, "-m", "tests.ptx", str(number)] for number in ARCHITECTURES}
     with ExitStack() as stack:
         yield {
-            number: stack.enter_context(subprocess.Popen(command, cwd=root, **pipes))
-            for number, command in commands.items()
+            dtype: stack.enter_context(subprocess.Popen([sys.executable, "-m", "tests.ptx", dtype], cwd=root, **pipes))
+            for dtype in FORMATS
         }
 
 
-@pytest.fixture(params=ARCHITECTURES, ids="sm_{}".format, scope="module")
+@pytest.fixture(params=FORMATS, scope="module")
 def machine_code(request, compilers):
-    """What became of each kernel on one architecture."""
-    printed, errors = compilers[request.param].communicate(timeout=600)
+    """What became of each kernel for one dtype on each architecture."""
+    printed, errors = compilers[request.param].communicate(timeout=900)
     assert compilers[request.param].returncode == 0, errors
-    return json.loads(printed)
+    found = json.loads(printed)
+    assert {code["architecture"] for code in found} == {80, 90, 100}
+    return found
 
 
 def test_no_kernel_spills(machine_code):
     for code in machine_code:
-        assert (code["spilled"], code["stack"], code["ld.local"]) == (0, 0, 0), code
+        assert (code["spilled"], code["stack"], code["ld.local"], code["st.local"]) == (0, 0, 0, 0), code
         assert code["registers"] * code["threads"] <= 65536, code
+
+
+def test_blocks_have_the_shared_memory_they_use(machine_code):
+    for code in machine_code:
+        if code["shared_bytes"]:  # asked for at the launch
+            assert code["shared"] <= MEETING_BYTES, code
+            assert code["stored_alignment"] == 16, code
+            assert code["shared"] + code["shared_bytes"] <= ptx.H200.shared_bytes, code
+        assert code["shared"] <= 48 * 1024, code
 
 
 def test_kernels_take_the_arguments_that_are_passed(machine_code):
@@ -209,15 +311,28 @@ def test_vectors_are_read_and_written_at_once(machine_code):
     for code in machine_code:
         width = "v2" if code["dtype"] == "float64" else "v4"
         reads, writes = (code[f"{instruction}.global.{width}"] for instruction in ("ld", "st"))
-        assert (reads > 0) == (code["vector"] > 1), code
-        assert reads >= (code["held"] if code["vector"] > 1 else 0), code
-        is_writing = code["function"] != "logsumexp" and code["kernel"] != "chunk_states"
+        has_states = code["kernel"] in ("chunk_results", "strip_results")
+        is_reading = code["function"] != "logsumexp" or not has_states  # whose results need nothing else
+        assert (reads > 0) == (code["vector"] > 1 and is_reading), code
+        assert reads >= (code["held"] * code["inputs"] if code["vector"] > 1 else 0), code
+        is_writing = code["function"] != "logsumexp" and code["kernel"] not in ("chunk_states", "strip_states")
         assert (writes > 0) == (code["vector"] > 1 and is_writing), code
+
+
+def test_rows_in_shared_memory_go_there_past_the_registers(machine_code):
+    for code in machine_code:
+        is_stored = code["shared_bytes"] > 0 and code["vector"] > 1
+        assert (code["cp.async.cg"] > 0) == is_stored, code
+        width = "v2" if code["dtype"] == "float64" else "v4"
+        assert code[f"ld.shared.{width}"] >= (IN_FLIGHT if is_stored else 0), code
 
 
 def test_exponentials_are_instructions(machine_code):
     for code in machine_code:
-        assert (code["ex2.approx.ftz.f32"] > 0) == (code["dtype"] != "float64"), code
+        is_exponential = code["function"] != "softmax_vjp" and code["dtype"] != "float64"
+        if code["function"] == "log_softmax_vjp" and code["kernel"] in ("chunk_states", "strip_states"):
+            is_exponential = False  # the sum of g
+        assert (code["ex2.approx.ftz.f32"] > 0) == is_exponential, code
 
 
 # The simulator
@@ -233,42 +348,95 @@ def test_in_the_simulator(file):
     assert done.returncode == 0
 
 
+def run_make(directory, tool_status):
+    """Run ``make test-gpu`` with stand-ins for Python and the sanitizer; return it and the commands they were."""
+    log = directory / "log"
+    for name, status in (("python", 0), ("sanitizer", tool_status)):
+        script = directory / name
+        script.write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\nexit {status}\n')
+        script.chmod(0o755)
+    command = ["make", "test-gpu", f"PYTHON={directory}/python", f"SANITIZER={directory}/sanitizer"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    return done, log.read_text().splitlines()
+
+
+def test_tests_on_a_card_are_run_under_the_sanitizer_too(tmp_path):
+    done, (tests, *sanitized) = run_make(tmp_path, 0)
+    assert done.returncode == 0, done.stderr
+    assert tests == "python -m pytest tests/cuda -q"
+    assert [line.split()[2] for line in sanitized] == ["memcheck", "racecheck", "synccheck"]
+    assert all("--error-exitcode 9" in line for line in sanitized)
+    expression = sanitized[0].partition(" -k ")[2]
+    command = [sys.executable, "-m", "pytest", "tests/cuda", "-q", "--collect-only", "-k", expression]
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    root = Path(__file__).parent.parent
+    found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    for name in ("within_a_warp", "of_a_block", "not_fit_in_registers", "strips", "split_over_blocks"):
+        assert f"{name}[" in found.stdout, name
+
+
+def test_a_finding_of_the_sanitizer_fails_the_run(tmp_path):
+    done, commands = run_make(tmp_path, 9)
+    assert done.returncode != 0
+    assert len(commands) == 2  # the tests, and the first tool
+
+
 # Launching
 
 
-def test_arguments_reach_the_driver(monkeypatch):
-    """A stand-in for the driver reads what a launch passes to it from memory, as the driver does."""
-    launched = []
+@pytest.fixture
+def launch(monkeypatch):
+    """Run a plan with a stand-in for the driver, and return the calls it got.
 
-    class Driver:
-        CUfunction = staticmethod(lambda handle: f"function {handle}")
-        cuCtxGetDevice = staticmethod(lambda: (0, 0))
-        cuMemAllocAsync = staticmethod(lambda size, stream: launched.append(("allocate", size, stream)) or (0, 4096))
-        cuMemFreeAsync = staticmethod(lambda address, stream: launched.append(("free", address, stream)) or (0,))
+    It reads what a launch passes to it from memory, as the driver does.
+    """
 
-        @staticmethod
-        def cuLaunchKernel(function, *sizes_stream_and_pointers):
-            *sizes, stream, parameters, _ = sizes_stream_and_pointers
-            count = len(arguments[len([one for one in launched if one[0] == "launch"])])
-            pointers = ctypes.cast(parameters, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))
-            launched.append(("launch", function, tuple(sizes), stream, [pointers[i][0] for i in range(count)]))
-            return (0,)
+    def run(function, shape, stream):
+        layout, phases = ptx.laid_out(shape, 1, 4, function)
+        plan = choose(layout, phases, ptx.H200, n_inputs(function))
+        steps = _launch.launches(function, FORMATS["float32"], layout, plan, 0)
+        counts = iter([len(flat(step.arguments)) for step in steps])
+        called = []
 
-    monkeypatch.setattr(_launch, "driver", Driver)
-    monkeypatch.setattr(_launch, "_compiled", lambda kernel, signature, bounds: 7)
-    monkeypatch.setattr(_launch.cuda, "gpus", {0: nullcontext()})
-    layout, _ = ptx.laid_out((1, 3_000_000), 1, 4)
-    plan = choose(layout, (0, 0), ptx.H200)
-    steps = _launch.launches("softmax", FORMATS["float32"], layout, plan, 0)
-    arguments = [[*step.arguments[:-2], *step.arguments[-2], *step.arguments[-1]] for step in steps]
-    prepared = _launch.prepare("softmax", FORMATS["float32"], layout, plan, 0, device=0)
-    prepared.run({"x": 256, "y": 512, "g": 256}, stream=11)
+        class Driver:
+            CUfunction, CUkernel, CUdevice = "function {}".format, "kernel {}".format, "device {}".format
+            CUfunction_attribute = _launch.driver.CUfunction_attribute
+            cuCtxGetDevice = staticmethod(lambda: (0, 0))
+            cuMemAllocAsync = staticmethod(lambda size, stream: called.append(("allocate", size, stream)) or (0, 4096))
+            cuMemFreeAsync = staticmethod(lambda address, stream: called.append(("free", address, stream)) or (0,))
+            cuKernelSetAttribute = staticmethod(lambda *arguments: called.append(("allow", *arguments)) or (0,))
 
+            @staticmethod
+            def cuLaunchKernel(function, *sizes_stream_and_pointers):
+                *sizes, stream, parameters, _ = sizes_stream_and_pointers
+                pointers = ctypes.cast(parameters, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))
+                values = [pointers[place][0] for place in range(next(counts))]
+                called.append(("launch", function, tuple(sizes), stream, values))
+                return (0,)
+
+        monkeypatch.setattr(_launch, "driver", Driver)
+        monkeypatch.setattr(_launch, "device_facts", lambda device: ptx.H200)
+        monkeypatch.setattr(_launch, "_compiled", lambda kernel, signature, bounds: 7)
+        monkeypatch.setattr(_launch.cuda, "gpus", {0: nullcontext()})
+        prepared = _launch.prepare(function, FORMATS["float32"], layout, plan, 0, device=0)
+        prepared.run({"x": 256, "y": 512, "g": 768}, stream)
+        return plan, steps, called
+
+    return run
+
+
+def flat(arguments):
+    return [number for one in arguments for number in (one if isinstance(one, tuple) else (one,))]
+
+
+def test_arguments_reach_the_driver(launch):
+    plan, steps, called = launch("softmax_vjp", (1, 3_000_000), stream=11)
     n_states = plan.n_chunks
-    names = {"x": 256, "y": 512, "g": 256, "maxima": 4096, "sums": 4096 + 4 * n_states}
-    expected = [[names.get(argument, argument) for argument in step] for step in arguments]
+    names = {"x": 256, "y": 512, "g": 768, "maxima": 4096, "sums": 4096 + 4 * n_states}
+    expected = [[names.get(argument, argument) for argument in flat(step.arguments)] for step in steps]
     sizes = (n_states, 1, 1, 256, 1, 1, 0)
-    assert launched == [
+    assert called == [
         ("allocate", 8 * n_states, 11),
         ("launch", "function 7", sizes, 11, expected[0]),
         ("launch", "function 7", sizes, 11, expected[1]),
@@ -276,12 +444,62 @@ def test_arguments_reach_the_driver(monkeypatch):
     ]
 
 
+def test_a_block_is_allowed_its_shared_memory_before_it_is_launched(launch):
+    plan, _, ((allowed, attribute, n_bytes, kernel, device), launched) = launch("softmax", (300, 65536), stream=0)
+    assert (allowed, attribute.name) == ("allow", "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES")
+    assert (kernel, device) == ("kernel 7", "device 0")
+    assert plan.shared_bytes == 7 * 32 * 1024 <= n_bytes == 226 * 1024
+    assert launched[2] == (300, 1, 1, 512, 1, 1, plan.shared_bytes)
+    assert launched[4][5] == plan.stored // IN_FLIGHT
+
+
+def test_streams_are_put_in_order_on_the_device(monkeypatch):
+    called = []
+
+    def record(name, *results):
+        return staticmethod(lambda *arguments: called.append((name, *arguments)) or (0, *results))
+
+    class Driver:
+        CUevent_flags = _launch.driver.CUevent_flags
+        cuEventCreate = record("create", "event")
+        cuEventRecord = record("record")
+        cuStreamWaitEvent = record("wait")
+        cuEventDestroy = record("destroy")
+
+    monkeypatch.setattr(_launch, "driver", Driver)
+    _launch.queue_behind(5, 9)
+    flags = Driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+    assert called == [("create", flags), ("record", "event", 9), ("wait", 5, "event", 0), ("destroy", "event")]
+
+
+def test_devices_without_the_instructions_are_refused(monkeypatch):
+    monkeypatch.setattr(_launch.cuda, "gpus", {0: SimpleNamespace(compute_capability=(7, 5))})
+    with pytest.raises(fastsoftmax.BackendUnavailableError, match=r"capability 8\.0 or newer, and device 0 has 7\.5"):
+        _launch.device_facts.__wrapped__(0)
+
+
+def test_what_torch_says_of_its_tensors():
+    """On tensors in main memory, of which Torch says the same."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    x = torch.zeros((6, 8), dtype=torch.bfloat16).t()
+    library = _arrays.library_of(type(x))
+    assert library is _arrays.library_of(torch.nn.Parameter)
+    assert library.view(x) == _arrays.View(x.data_ptr(), (8, 6), (2, 16), "bfloat16", 2)
+    assert library.empty(x, None).stride() == x.stride()
+    assert library.empty(x, (8,)).shape == (8,)
+    apart = library.empty(x.contiguous(), None, 3)
+    assert (apart.shape, apart.stride(), apart.data_ptr() % 16) == ((8, 6), (6, 1), 6)
+    borrowed = _arrays.borrow(x)
+    assert borrowed.data_ptr() == x.data_ptr()
+    assert hash(library.form(borrowed)) == hash(library.form(x))
+
+
 def test_a_refusal_of_the_driver_is_an_error(monkeypatch):
     names = SimpleNamespace(cuGetErrorName=lambda code: (0, b"CUDA_ERROR_INVALID_VALUE"))
     monkeypatch.setattr(_launch, "driver", names)
     with pytest.raises(_launch.CudaError, match="CUDA_ERROR_INVALID_VALUE"):
-        _launch._checked((1,))
-    assert _launch._checked((0, 5)) == 5
+        _launch.checked((1,))
+    assert _launch.checked((0, 5)) == 5
 
 
 def test_without_a_device_the_backend_says_what_is_missing():

@@ -6,10 +6,11 @@ strides and alignments is prepared once and remembered.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -23,12 +24,12 @@ if not cuda.is_available():
     reason = " ".join(str(cuda.cuda_error() or "none is visible").split())
     raise ImportError(f"no CUDA device can be used: {reason}")
 
-from fastsoftmax._dispatch import Factors, Function, Plan, choices
-from fastsoftmax._layout import Array, Layout, c_order_layout, make_layout, normalize_axes
+from fastsoftmax._dispatch import Factors, Function, Plan, choices, is_on_gpu
+from fastsoftmax._layout import Array, Dimension, Layout, c_order_layout, make_layout, normalize_axes
 from fastsoftmax._schedule import Schedule
 from fastsoftmax.cuda import _launch
-from fastsoftmax.cuda._arrays import Library, View, borrow, library_of
-from fastsoftmax.cuda._kernels import Kernel
+from fastsoftmax.cuda._arrays import Library, View, borrow, hand_back, is_immutable, library_of
+from fastsoftmax.cuda._functions import Kernel, n_inputs
 from fastsoftmax.cuda._plan import VECTOR_BYTES, LaunchPlan, choose
 from fastsoftmax.cuda._vectors import FORMATS
 
@@ -39,10 +40,11 @@ _REMEMBERED = 4096
 
 
 class _Known(NamedTuple):
-    """What a call without ``out`` needs.
+    """What a call like an earlier one needs.
 
-    The shape of its result (None: that of the input), how many elements after a boundary it begins, and so its
-    alignment; the plan, and the launches.
+    Of the result its shape (None: that of the input), how many elements after a boundary it begins, and so its
+    alignment; the plan, and the launches. Of each array the bytes it reaches before and after its first element, and
+    whether the output may be the very inputs.
     """
 
     shape: tuple[int, ...] | None
@@ -50,10 +52,22 @@ class _Known(NamedTuple):
     alignment: int
     plan: Plan
     prepared: _launch.Prepared
+    x_extent: tuple[int, int]
+    y_extent: tuple[int, int]
+    g_extent: tuple[int, int]
+    is_x_replaceable: bool
+    is_g_replaceable: bool
+
+    def may_write(self, y: int, x: int, g: int) -> bool:
+        """Whether results may be written to an address while inputs at others are read."""
+        begin, end = y + self.y_extent[0], y + self.y_extent[1]
+        (x_begin, x_end), (g_begin, g_end) = self.x_extent, self.g_extent
+        is_apart_from_x = end <= x + x_begin or x + x_end <= begin or (y == x and self.is_x_replaceable)
+        return is_apart_from_x and (end <= g + g_begin or g + g_end <= begin or (y == g and self.is_g_replaceable))
 
 
-# By everything that distinguishes such calls: looking up what is asked of the library as it stands takes 1 us, asking
-# for views and laying them out anew 5.
+# By everything that distinguishes calls but addresses: looking up what is asked of the library as it stands takes 1 us
+# for each array, asking for views and laying them out anew 40.
 _known: dict[Hashable, _Known] = {}
 
 
@@ -74,7 +88,7 @@ def compute(
     out : array, optional
         Where to write the result, of the same library, device and dtype.
     keepdims : bool
-        Whether logsumexp keeps the reduced axes.
+        Whether the result of logsumexp, or the gradient with respect to it, keeps the reduced axes.
     g : array, optional
         The gradient with respect to the output, for a vector-Jacobian product.
     name : str
@@ -82,25 +96,41 @@ def compute(
     """
     library = library_of(type(x))  # type: ignore[arg-type]  # mypy has types that are not hashable
     if library is None:
+        if is_immutable(out):
+            raise TypeError(f"out is an array of {type(out).__name__}, which must not be written to")
         borrowed = [None if array is None else borrow(array) for array in (x, out, g)]
         result = compute(kernel, borrowed[0], axis, borrowed[1], keepdims, borrowed[2], name)
-        return x.__array_namespace__().from_dlpack(result) if out is None else out
+        return hand_back(x, result) if out is None else out
     with library.on_device_of(x):
-        if out is not None or g is not None or not (type(axis) is int or axis is None):
-            return _compute(library, kernel, x, axis, out, keepdims, g, name)
-        address, device = library.address(x), library.device(x)
-        key = kernel, axis, keepdims, library.form(x), address % VECTOR_BYTES, device
-        known = _known.get(key)
-        if known is None:
-            return _compute(library, kernel, x, axis, None, keepdims, None, name, key)
-        result = library.empty(x, known.shape, known.offset)
-        result_address = library.address(result)
-        if result_address % VECTOR_BYTES != known.alignment:
-            return _compute(library, kernel, x, axis, result, keepdims, None, name)
-        known.prepared.run({"x": address, "y": result_address, "g": address}, library.stream(x))
+        address = library.address(x)
+        key: Hashable = None
+        if type(axis) is int or axis is None:
+            known_by = kernel, axis, keepdims, library.form(x), address % VECTOR_BYTES, library.device(x)
+            key = known_by if out is None and g is None else _longer_key(known_by, library, x, out, g)
+        if (known := _known.get(key)) is None:
+            return _compute(library, kernel, x, axis, out, keepdims, g, name, key)
+        g_address = address if g is None else library.address(g)
+        result = library.empty(x, known.shape, known.offset) if out is None else out
+        y_address = library.address(result)
+        may_write = out is None or known.may_write(y_address, address, g_address)
+        if y_address % VECTOR_BYTES != known.alignment or not may_write:
+            return _compute(library, kernel, x, axis, result, keepdims, g, name)
+        known.prepared.run({"x": address, "y": y_address, "g": g_address}, library.stream(x))
         if (plans := choices.get().plans) is not None:
             plans.append(known.plan)
         return result
+
+
+def _longer_key(key: tuple[Hashable, ...], library: Library, x: Any, out: Any, g: Any) -> Hashable:
+    """Return a key with what distinguishes an output and a gradient; None if they do not go together with x."""
+    for array in (out, g):
+        if array is None:
+            key += (None,)
+        elif _are_together(library, x, array):
+            key += library.form(array), library.address(array) % VECTOR_BYTES
+        else:
+            return None
+    return key
 
 
 def _compute(
@@ -119,56 +149,92 @@ def _compute(
     if view.dtype not in FORMATS:
         raise TypeError(f"{name} on a CUDA device must be one of {', '.join(FORMATS)}, not {view.dtype}")
     axes = normalize_axes(axis, len(view.shape))
-    reduced = tuple(size for axis, size in enumerate(view.shape) if axis not in axes)
-    shape = view.shape if kernel != "logsumexp" else reduced
-    if kernel == "logsumexp" and keepdims:
-        shape = tuple(1 if axis in axes else size for axis, size in enumerate(view.shape))
-    # An array that begins off a boundary gets a result that does so too: only then are both read by vectors.
-    offset = view.address % VECTOR_BYTES // view.itemsize if kernel != "logsumexp" and view.c_contiguous else 0
-    if out is None:
-        target = library.empty(x, shape if kernel == "logsumexp" else None, offset)
-    else:
-        target = _target(library, view, x, out, shape)
-    result = library.view(target)
-    if view.size == 0:
-        if result.size:
-            target[...] = -np.inf
-        return target
-    gradient = (
-        None if g is None else _gradient(library, view, x, g, view.shape if kernel != "logsumexp_vjp" else reduced)
+    reduced = tuple(
+        1 if number in axes else size for number, size in enumerate(view.shape) if keepdims or number not in axes
     )
-    device = library.device(x)
-    plan, prepared = _prepare(kernel, _unplaced(view), _unplaced(result), _unplaced(gradient), axes, keepdims, device)
-    addresses = {"x": view.address, "y": result.address, "g": view.address if gradient is None else gradient.address}
-    prepared.run(addresses, library.stream(x))
-    if key is not None and len(_known) < _REMEMBERED:
-        new_shape = shape if kernel == "logsumexp" else None
-        _known[key] = _Known(new_shape, offset, result.address % VECTOR_BYTES, plan, prepared)
-    if (plans := choices.get().plans) is not None:
-        plans.append(plan)
-    if out is not None and target is not out:
-        out[...] = target
-        return out
-    return target
+    is_reduction = kernel == "logsumexp"
+    shape = reduced if is_reduction else view.shape
+    gradient = None
+    if g is not None:
+        gradient = _gradient(library, view, x, g, reduced if kernel == "logsumexp_vjp" else view.shape)
+    # An array that begins off a boundary gets a result that does so too: only then are both read by vectors.
+    offset = view.address % VECTOR_BYTES // view.itemsize if view.c_contiguous and not is_reduction else 0
+    # What has an element per row is read after the first results are written.
+    is_g_replaceable = kernel != "logsumexp_vjp"
+    if out is None:
+        target = library.empty(x, shape if is_reduction else None, offset)
+    else:
+        _check_out(library, x, out, view.dtype, shape)
+        given = library.view(out)
+        is_safe = _may_replace(given, view) and (
+            gradient is None or (_may_replace(given, gradient) if is_g_replaceable else not given.overlaps(gradient))
+        )
+        target = out if is_safe else library.empty(x, shape)
+    result, stream = library.view(target), library.stream(x)
+    with _in_order(library, stream, out, g) as is_one_stream:
+        if view.size:
+            device = library.device(x)
+            views = (_unplaced(one) for one in (view, result, gradient))
+            plan, prepared = _prepare(kernel, *views, axes, keepdims, device)
+            g_address = view.address if gradient is None else gradient.address
+            prepared.run({"x": view.address, "y": result.address, "g": g_address}, stream)
+            is_as_asked = is_one_stream and (out is None or target is out)
+            if key is not None and is_as_asked and len(_known) < _REMEMBERED:
+                x_extent, y_extent = view.at(0).extent(), result.at(0).extent()
+                _known[key] = _Known(
+                    shape=shape if is_reduction else None,
+                    offset=offset,
+                    alignment=result.address % VECTOR_BYTES,
+                    plan=plan,
+                    prepared=prepared,
+                    x_extent=x_extent,
+                    y_extent=y_extent,
+                    g_extent=x_extent if gradient is None else gradient.at(0).extent(),
+                    is_x_replaceable=view.strides == result.strides,
+                    is_g_replaceable=is_g_replaceable and (gradient or view).strides == result.strides,
+                )
+            if (plans := choices.get().plans) is not None:
+                plans.append(plan)
+        elif result.size:
+            library.assign(target, -np.inf, stream)
+        if out is not None and target is not out:
+            library.assign(out, target, stream)
+    return target if out is None else out
 
 
-def _target(library: Library, view: View, x: Any, out: Any, shape: tuple[int, ...]) -> Any:
-    """Return where to write: ``out``, or an array of its own if ``out`` shares some memory with ``x`` but is not it."""
-    if type(out) is not type(x) or library.device(out) != library.device(x):
+@contextmanager
+def _in_order(library: Library, stream: int, out: Any, g: Any) -> Iterator[bool]:
+    """Keep the order of streams where arrays name other ones than that which computes; yield whether none does."""
+    others = {library.own_stream(array) for array in (out, g) if array is not None} - {stream, 0}
+    for other in others:
+        _launch.queue_behind(stream, other)
+    yield not others
+    if out is not None and (other := library.own_stream(out)) in others:
+        _launch.queue_behind(other, stream)
+
+
+def _check_out(library: Library, x: Any, out: Any, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse an ``out`` that cannot take the result."""
+    if not _are_together(library, x, out):
         raise TypeError(f"out must be a {type(x).__name__} on the same device, as the input is")
     given = library.view(out)
-    if given.dtype != view.dtype:
-        raise TypeError(f"out must have dtype {view.dtype}, not {given.dtype}")
+    if given.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, not {given.dtype}")
     if given.shape != shape:
         raise ValueError(f"out must have shape {shape}, not {given.shape}")
+    if not library.is_writable(out):
+        raise ValueError("out is read-only")
     if any(stride == 0 and size > 1 for size, stride in zip(given.shape, given.strides, strict=True)):
         raise ValueError("out is a broadcast view: several of its elements share one place in memory")
-    same = (given.address, given.strides) == (view.address, view.strides)
-    return out if same or not given.overlaps(view) else library.empty(x, shape)
+
+
+def _may_replace(given: View, read: View) -> bool:
+    """Whether an output is the very input, or shares no memory with it; a result in parts of it comes too early."""
+    return (given.address, given.strides) == (read.address, read.strides) or not given.overlaps(read)
 
 
 def _gradient(library: Library, view: View, x: Any, g: Any, shape: tuple[int, ...]) -> View:
-    if type(g) is not type(x) or library.device(g) != library.device(x):
+    if not _are_together(library, x, g):
         raise TypeError(f"g must be a {type(x).__name__} on the same device, as the other input is")
     gradient = library.view(g)
     if gradient.dtype != view.dtype:
@@ -176,6 +242,12 @@ def _gradient(library: Library, view: View, x: Any, g: Any, shape: tuple[int, ..
     if gradient.shape != shape:
         raise ValueError(f"g must have shape {shape}, not {gradient.shape}")
     return gradient
+
+
+def _are_together(library: Library, x: Any, other: Any) -> bool:
+    """Whether another array is of the same library and on the same device."""
+    kind: Any = type(other)
+    return is_on_gpu(other) and library_of(kind) is library and library.device(other) == library.device(x)
 
 
 def _unplaced(view: View | None) -> View | None:
@@ -194,12 +266,11 @@ def _prepare(
     else:
         phases.append(y.address)
     if g is not None and kernel == "logsumexp_vjp":
-        g = g.expand_dims(axes).broadcast_to(x.shape)
+        g = (g if keepdims else g.expand_dims(axes)).broadcast_to(x.shape)
     elif g is not None:
         phases.append(g.address)
     layout = make_layout(x, axes, y, g)  # type: ignore[arg-type]
-    n_inputs = 2 if kernel in _launch.PRODUCTS else 1
-    plan = choose(layout, tuple(phases), _launch.device_facts(device), n_inputs)
+    plan = choose(layout, tuple(phases), _launch.device_facts(device), n_inputs(kernel))
     return _plan(kernel, plan), _launch.prepare(kernel, FORMATS[x.dtype], layout, plan, x.address, device)
 
 
@@ -212,35 +283,49 @@ def _plan(kernel: Any, launch: LaunchPlan) -> Plan:
 
 
 def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
-    if function not in ("softmax", "log_softmax", "logsumexp"):
+    if function not in get_args(Kernel):
         name = "logsumexp with b" if function == "weighted_logsumexp" else function
         raise TypeError(f"backend 'cuda' does not compute {name} of arrays in main memory")
-    rows = _contiguous(function, layout)
-    phases = (0,) if function == "logsumexp" else (0, 0)
-    return _plan(function, choose(rows, phases, _launch.device_facts(_launch.current_device())))
+    kernel = cast(Kernel, function)
+    phases = (0,) if function == "logsumexp" else (0,) * (1 + n_inputs(kernel))
+    facts = _launch.device_facts(_launch.current_device())
+    return _plan(function, choose(_contiguous(kernel, layout), phases, facts, n_inputs(kernel)))
 
 
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
     """Copy the rows to the device, compute there, and copy the result back."""
-    dimensions = layout.kept + layout.reduced
-    shape = [dimension.size for dimension in dimensions]
+    kernel, device = cast(Kernel, plan.function), _launch.current_device()
     bits = np.dtype(f"u{x.itemsize}")  # Numba knows no bfloat16 in main memory
-    rows = np.ascontiguousarray(as_strided(x, shape, [d.x_stride for d in dimensions], writeable=False)).view(bits)
-    data = _launch.upload(rows)
-    if plan.function == "logsumexp":
-        dimensions, shape = layout.kept, [dimension.size for dimension in layout.kept]
-        result = _launch.upload(np.empty(shape, bits))
-    else:
-        result = data
-    device = _launch.current_device()
+    every = layout.kept + layout.reduced
+
+    def upload(array: Array, dimensions: tuple[Dimension, ...], strides: Iterable[int]) -> Any:
+        rows = as_strided(array, _sizes(dimensions), tuple(strides), writeable=False)
+        return _launch.upload(np.ascontiguousarray(rows).view(bits))
+
+    data = g = upload(x, every, (dimension.x_stride for dimension in every))
+    if factors is not None:
+        dimensions = layout.kept if kernel == "logsumexp_vjp" else every
+        g = upload(factors.b, dimensions, (dimension.b_stride for dimension in dimensions))
+    results, result = every, data
+    if kernel == "logsumexp":
+        results, result = layout.kept, _launch.upload(np.empty(_sizes(layout.kept), bits))
     assert plan.launch is not None
-    rows_layout = _contiguous(plan.function, layout)
-    prepared = _launch.prepare(cast(Kernel, plan.function), FORMATS[x.dtype.name], rows_layout, plan.launch, 0, device)
-    address, result_address = (array.__cuda_array_interface__["data"][0] for array in (data, result))
-    prepared.run({"x": address, "y": result_address, "g": address}, 0)
-    as_strided(out, shape, [d.y_stride for d in dimensions])[...] = result.copy_to_host().view(x.dtype)
+    rows = _contiguous(kernel, layout)
+    prepared = _launch.prepare(kernel, FORMATS[x.dtype.name], rows, plan.launch, 0, device)
+    x_address, y_address, g_address = (one.__cuda_array_interface__["data"][0] for one in (data, result, g))
+    prepared.run({"x": x_address, "y": y_address, "g": g_address}, 0)
+    target = as_strided(out, _sizes(results), [dimension.y_stride for dimension in results])
+    target[...] = result.copy_to_host().view(x.dtype)
 
 
-def _contiguous(function: str, layout: Layout) -> Layout:
+def _sizes(dimensions: tuple[Dimension, ...]) -> tuple[int, ...]:
+    return tuple(dimension.size for dimension in dimensions)
+
+
+def _contiguous(kernel: Kernel, layout: Layout) -> Layout:
     """Return the layout of the same rows one after the other."""
-    return c_order_layout(layout.n_rows, layout.n_cols, 1, layout.itemsize, function == "logsumexp")
+    has_g = n_inputs(kernel) == 2
+    rows = c_order_layout(layout.n_rows, layout.n_cols, 1, layout.itemsize, kernel == "logsumexp", has_g)
+    if kernel != "logsumexp_vjp":
+        return rows
+    return rows._replace(kept=tuple(dimension._replace(b_stride=layout.itemsize) for dimension in rows.kept))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from fastsoftmax.cuda import _kernels, _state
+from fastsoftmax.cuda import _meetings, _state
 from fastsoftmax.cuda._instructions import device
 from fastsoftmax.cuda._vectors import FORMATS, Format
 
@@ -73,7 +73,7 @@ def device_functions(dtype: Literal["float32", "float64"] = "float32") -> Device
 
 
 def _reduce(format: Format, lanes: int) -> Any:
-    merge_all = _kernels.merging(format, lanes)
+    merge_all = _meetings.merging(format, lanes)
 
     @device
     def reduce(maximum: Any, sum: Any) -> Any:

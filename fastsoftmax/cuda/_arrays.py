@@ -1,9 +1,9 @@
 """Arrays of other libraries on a GPU: what they hold, and new ones of the same kind.
 
-Torch and CuPy are asked directly. Arrays of anyone else who implements the array API, JAX for one, are borrowed by
-Torch or CuPy through DLPack, and results are handed back in the same way. What has nothing but
-``__cuda_array_interface__`` is taken for Numba's. Nothing here waits for the device: work is queued on the stream that
-the caller's library is using, and DLPack puts streams in order.
+Torch and CuPy are asked directly. Arrays of anyone else who implements the array API, JAX for one, or offers nothing
+but DLPack, are borrowed by Torch or CuPy, and results are handed back in the same way. Anything else with
+``__cuda_array_interface__`` (version 3) is taken for Numba's. Nothing here waits for the device: work is queued on the
+stream that the caller's library is using, or that the interface names, and DLPack puts streams in order.
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ class View:
 
     def overlaps(self, other: View) -> bool:
         """Whether the two lie in one stretch of memory, at least in part."""
-        (start, end), (other_start, other_end) = self._extent(), other._extent()
+        (start, end), (other_start, other_end) = self.extent(), other.extent()
         return start < other_end and other_start < end
 
-    def _extent(self) -> tuple[int, int]:
+    def extent(self) -> tuple[int, int]:
+        """Return where its elements begin and end."""
         steps = [(size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)]
         before, after = sum(step for step in steps if step < 0), sum(step for step in steps if step > 0)
-        return (self.address + before, self.address + after + self.itemsize) if self.size else (0, 0)
+        return (self.address + before, self.address + after + self.itemsize) if self.size else (self.address,) * 2
 
     def expand_dims(self, axes: tuple[int, ...]) -> View:
         """Return the view with axes of length 1 put in."""
@@ -106,15 +107,23 @@ class Library(Protocol):
     def address(self, x: Any) -> int: ...
 
     def form(self, x: Any) -> Hashable:
-        """Return what all of a view but the address follows from, in the form that the library has it."""
+        """Return what all but the address follows from, in the form that the library has it."""
 
     def device(self, x: Any) -> int: ...
 
     def stream(self, x: Any) -> int:
         """Return the handle of the stream that the library is using on the array's device; 0 is the default one."""
 
+    def own_stream(self, x: Any) -> int:
+        """Return the stream that an array names as its own, whatever the library is using; 0 if it names none."""
+
     def on_device_of(self, x: Any) -> AbstractContextManager[Any]:
-        """Make the array's device the library's current one."""
+        """Make the array's device the library's current one, if it cannot do without."""
+
+    def is_writable(self, x: Any) -> bool: ...
+
+    def assign(self, x: Any, value: Any, stream: int) -> None:
+        """Write a number, or an array of the same library and shape, to all of an array, on the stream in use."""
 
     def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
         """Return a new array like ``x`` in memory order, or in C order of another shape.
@@ -136,13 +145,22 @@ class Torch:
         return View(x.data_ptr(), tuple(x.shape), strides, str(x.dtype).removeprefix("torch."), itemsize)
 
     def device(self, x: Any) -> int:
-        return int(x.device.index)
+        return int(x.device.index) if x.is_cuda else -1
 
     def stream(self, x: Any) -> int:
         return int(sys.modules["torch"].cuda.current_stream(x.device).cuda_stream)
 
+    def own_stream(self, x: Any) -> int:
+        return 0
+
     def on_device_of(self, x: Any) -> AbstractContextManager[Any]:
         return nullcontext()  # torch allocates where the array is
+
+    def is_writable(self, x: Any) -> bool:
+        return True
+
+    def assign(self, x: Any, value: Any, stream: int) -> None:
+        x[...] = value
 
     def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
         if shape is not None:
@@ -168,9 +186,18 @@ class Cupy:
     def stream(self, x: Any) -> int:
         return int(sys.modules["cupy"].cuda.get_current_stream(x.device.id).ptr)
 
+    def own_stream(self, x: Any) -> int:
+        return 0
+
     def on_device_of(self, x: Any) -> AbstractContextManager[Any]:
         device: AbstractContextManager[Any] = x.device
         return device
+
+    def is_writable(self, x: Any) -> bool:
+        return True
+
+    def assign(self, x: Any, value: Any, stream: int) -> None:
+        x[...] = value
 
     def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
         cupy = sys.modules["cupy"]
@@ -187,23 +214,26 @@ class Interface:
 
     def form(self, x: Any) -> Hashable:
         interface = x.__cuda_array_interface__
-        return interface["shape"], interface.get("strides"), interface["typestr"]
+        layout = interface["shape"], interface.get("strides"), interface["typestr"]
+        return layout, interface["data"][1], interface.get("stream"), interface.get("mask") is None
 
     def view(self, x: Any) -> View:
         interface = x.__cuda_array_interface__
+        if interface.get("mask") is not None:
+            raise TypeError(f"an array of {_name(x)} has a mask, which is not supported: fill what is masked first")
         dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
         strides = interface.get("strides") or c_strides(shape, dtype.itemsize)
-        return View(interface["data"][0], shape, tuple(strides), dtype.name, dtype.itemsize)
+        name = dtype.name if dtype.isnative else dtype.str
+        return View(interface["data"][0], shape, tuple(strides), name, dtype.itemsize)
 
     def device(self, x: Any) -> int:
-        from cuda.bindings import driver
-
-        attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        _, device = driver.cuPointerGetAttribute(attribute, x.__cuda_array_interface__["data"][0])
-        return int(device)
+        return device_of(x.__cuda_array_interface__["data"][0])
 
     def stream(self, x: Any) -> int:
-        return x.__cuda_array_interface__.get("stream") or 0
+        # None: there is nothing to wait for. The driver takes 1 and 2 for the default streams, as the interface does.
+        return int(x.__cuda_array_interface__.get("stream") or 0)
+
+    own_stream = stream
 
     def on_device_of(self, x: Any) -> AbstractContextManager[Any]:
         from numba import cuda
@@ -211,13 +241,46 @@ class Interface:
         context: AbstractContextManager[Any] = cuda.gpus[self.device(x)]
         return context
 
-    def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
-        from numba import cuda
+    def is_writable(self, x: Any) -> bool:
+        return not x.__cuda_array_interface__["data"][1]
 
+    def assign(self, x: Any, value: Any, stream: int) -> None:
+        assign(x, value, stream)
+
+    def empty(self, x: Any, shape: tuple[int, ...] | None, offset: int = 0) -> Any:
         view = self.view(x)
-        if offset:
-            return cuda.device_array(view.size + offset, np.dtype(view.dtype))[offset:].reshape(view.shape)
-        return cuda.device_array(view.shape if shape is None else shape, np.dtype(view.dtype))
+        return new_array(view.shape if shape is None else shape, np.dtype(view.dtype), offset, self.stream(x))
+
+
+def device_of(address: int) -> int:
+    """Return the number of the device that memory belongs to: of the current one for that of an empty array."""
+    from cuda.bindings import driver
+    from numba import cuda
+
+    from fastsoftmax.cuda._launch import checked
+
+    if not address:
+        return int(cuda.get_current_device().id)
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(checked(driver.cuPointerGetAttribute(attribute, address)))
+
+
+def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], offset: int, stream: int) -> Any:
+    """Return a new array of Numba's in C order, so many elements after a boundary, that names a stream as its own."""
+    from numba import cuda
+
+    if offset:
+        array = cuda.device_array(prod(shape) + offset, dtype)[offset:].reshape(shape)
+    else:
+        array = cuda.device_array(shape, dtype)
+    return array.bind(cuda.external_stream(stream)) if stream else array
+
+
+def assign(x: Any, value: Any, stream: int) -> None:
+    """Write to all of an array on a stream, by means of Numba's; it would wait for the default one if that were 0."""
+    from numba import cuda
+
+    cuda.as_cuda_array(x, sync=False).bind(cuda.external_stream(stream or 1))[...] = value
 
 
 _LIBRARIES: dict[str, Library] = {"torch": Torch(), "cupy": Cupy()}
@@ -230,7 +293,8 @@ def library_of(kind: type) -> Library | None:
     for ancestor in kind.__mro__:
         if (library := _LIBRARIES.get(ancestor.__module__.partition(".")[0])) is not None:
             return library
-    return None if hasattr(kind, "__array_namespace__") else _INTERFACE
+    has_only_dlpack = hasattr(kind, "__dlpack__") and not hasattr(kind, "__cuda_array_interface__")
+    return None if hasattr(kind, "__array_namespace__") or has_only_dlpack else _INTERFACE
 
 
 def borrow(x: Any) -> Any:
@@ -244,5 +308,27 @@ def borrow(x: Any) -> Any:
     for name in sorted(_LIBRARIES, key=lambda name: name not in sys.modules):
         if find_spec(name) is not None:
             return import_module(name).from_dlpack(x)
-    kind = f"{type(x).__module__}.{type(x).__qualname__}"
-    raise TypeError(f"an array of {kind} is read through torch or cupy, and neither is installed")
+    raise TypeError(f"an array of {_name(x)} is read through torch or cupy, and neither is installed")
+
+
+def hand_back(x: Any, result: Any) -> Any:
+    """Return a result of Torch or CuPy as an array of x's library, in the same memory; as it is if that takes none."""
+    if not hasattr(x, "__array_namespace__"):
+        return result
+    with _lending(result):
+        return x.__array_namespace__().from_dlpack(result)
+
+
+def _lending(array: Any) -> AbstractContextManager[Any]:
+    # Torch refuses to lend what is on another device than its current one.
+    torch = sys.modules.get("torch")
+    return torch.cuda.device_of(array) if torch and isinstance(array, torch.Tensor) else nullcontext()
+
+
+def is_immutable(x: Any) -> bool:
+    """Whether a library promises that its arrays never change, and lends their memory all the same: JAX does."""
+    return type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
+
+
+def _name(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"

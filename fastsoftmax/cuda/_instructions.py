@@ -3,7 +3,8 @@
 Where a row lies on 16-byte boundaries (`load_vector`, `store_vector`) a thread reads 16 bytes at once, as raw *words*
 of 32 bits (64 for float64); a 16-bit word holds two elements, the first in the lower half. `float16_at` and the like
 turn half a word into float32, `pack_float16` and `pack_bfloat16` round two float32 to one word, to nearest, ties to
-even.
+even. `copy_vector` takes 16 bytes past the registers to a block's shared memory, where `load_stored` finds them once
+`await_copies` has waited: a lane needs nobody else for what it copied itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numba.cuda.extending import intrinsic
 device: Callable[[Any], Any] = cuda.jit(device=True)
 
 _FULL_WARP = 0xFFFFFFFF
-_i16, _i32, _float = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_i16, _i32, _i64, _float = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def _instruction(text: str, constraints: str, result: Any, *arguments: Any) -> Any:
@@ -65,16 +66,21 @@ def exchange(value: Any, mask: Any) -> Any:
     return cuda.shfl_xor_sync(_FULL_WARP, value, mask)
 
 
-def _vector_access(generate: Callable[..., Any]) -> Any:
-    """Return a function of a pointer, an index, an array of words and where in it the words of the vector begin."""
+def _vector_access(generate: Callable[..., Any], is_shared: bool = False) -> Any:
+    """Return a function of an array in memory, an index, an array of words and where in it those of the vector begin.
 
-    def access(typing_context: Any, pointer: Any, index: Any, words: Any, position: Any) -> Any:
+    Global memory is given by a pointer to elements, a block's shared memory as an array of words.
+    """
+
+    def access(typing_context: Any, memory: Any, index: Any, words: Any, position: Any) -> Any:
         def generate_access(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            pointer_value, index_value, array_value, position_value = values
+            memory_value, index_value, array_value, position_value = values
             word = context.get_value_type(words.dtype)
             vector = ir.VectorType(word, 128 // word.width)
-            address = builder.bitcast(builder.gep(pointer_value, [index_value]), vector.as_pointer())
-            address = builder.addrspacecast(address, vector.as_pointer(1))  # of global memory
+            if is_shared:
+                address = _in_shared_memory(context, builder, memory, memory_value, index_value, vector)
+            else:
+                address = _in_global_memory(builder, memory_value, index_value, vector)
             array = context.make_array(words)(context, builder, array_value)
             places = [
                 builder.gep(array.data, [builder.add(position_value, ir.Constant(position_value.type, number))])
@@ -83,9 +89,21 @@ def _vector_access(generate: Callable[..., Any]) -> Any:
             generate(builder, vector, address, places)
             return context.get_dummy_value()
 
-        return types.void(pointer, types.int64, words, types.int64), generate_access
+        return types.void(memory, types.int64, words, types.int64), generate_access
 
     return intrinsic(access)
+
+
+def _in_global_memory(builder: Any, pointer: Any, index: Any, pointee: Any) -> Any:
+    address = builder.bitcast(builder.gep(pointer, [index]), pointee.as_pointer())
+    return builder.addrspacecast(address, pointee.as_pointer(1))
+
+
+def _in_shared_memory(context: Any, builder: Any, array_type: Any, array: Any, index: Any, pointee: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.addrspacecast(
+        builder.bitcast(builder.gep(data, [index]), pointee.as_pointer()), pointee.as_pointer(3)
+    )
 
 
 def _generate_load(builder: Any, vector: Any, address: Any, places: list[Any]) -> None:
@@ -101,5 +119,45 @@ def _generate_store(builder: Any, vector: Any, address: Any, places: list[Any]) 
     builder.store(value, address, align=16)
 
 
-load_vector = _vector_access(_generate_load)
-store_vector = _vector_access(_generate_store)
+load_vector, store_vector = _vector_access(_generate_load), _vector_access(_generate_store)
+load_stored, store_stored = _vector_access(_generate_load, True), _vector_access(_generate_store, True)
+
+
+def _copy_vector(typing_context: Any, pointer: Any, index: Any, stored: Any, position: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer_value, index_value, array_value, position_value = values
+        source = _in_global_memory(builder, pointer_value, index_value, _i32)
+        target = _in_shared_memory(context, builder, stored, array_value, position_value, _i32)
+        addresses = [builder.ptrtoint(target, _i32), builder.ptrtoint(source, _i64)]
+        function_type = ir.FunctionType(ir.VoidType(), [_i32, _i64])
+        text = "cp.async.cg.shared.global [$0], [$1], 16;"
+        builder.asm(function_type, text, "r,l,~{memory}", addresses, side_effect=True)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, stored, types.int64), generate
+
+
+# Begins to copy 16 bytes from a pointer and an index to shared memory; no register is needed for them.
+copy_vector = intrinsic(_copy_vector)
+
+
+def _effect(text: str) -> Any:
+    """Return a function that is one line of PTX without arguments or a result, and stays where it is."""
+
+    def effect(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            builder.asm(ir.FunctionType(ir.VoidType(), []), text, "~{memory}", [], side_effect=True)
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return intrinsic(effect)
+
+
+# Copies begun since the last call are a group from here on.
+commit_copies = _effect("cp.async.commit_group;")
+
+
+def await_copies(n_groups: int) -> Any:
+    """Return a function that waits until no more than so many of a lane's youngest groups are under way."""
+    return _effect(f"cp.async.wait_group {n_groups};")

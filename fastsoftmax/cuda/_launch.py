@@ -17,14 +17,15 @@ import numpy as np
 from cuda.bindings import driver
 from numba import cuda
 
+from fastsoftmax._dispatch import BackendUnavailableError
 from fastsoftmax._layout import Dimension, Layout
 from fastsoftmax.cuda import _kernels
-from fastsoftmax.cuda._kernels import Kernel
-from fastsoftmax.cuda._plan import MOST_THREADS, VECTOR_BYTES, Device, LaunchPlan
+from fastsoftmax.cuda._functions import PRODUCTS, Kernel, n_inputs
+from fastsoftmax.cuda._plan import MEETING_BYTES, MOST_THREADS, VECTOR_BYTES, Device, LaunchPlan, tile_vectors
 from fastsoftmax.cuda._vectors import Format
 
-# Kernels of two inputs that are equally large.
-PRODUCTS = ("softmax_vjp", "log_softmax_vjp")
+# That has bfloat16 and copies to shared memory past the registers.
+MIN_CAPABILITY = 8, 0
 
 
 class Launch(NamedTuple):
@@ -42,6 +43,8 @@ class Launch(NamedTuple):
         Threads of a block.
     arguments : tuple
         Integers, tuples of integers, and the names of pointers.
+    shared_bytes : int
+        Shared memory of a block beyond what is part of the kernel.
     """
 
     make: Callable[[], Any]
@@ -49,6 +52,7 @@ class Launch(NamedTuple):
     grid: int
     block: tuple[int, int]
     arguments: tuple[Any, ...]
+    shared_bytes: int
 
 
 def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, phase: int) -> tuple[Launch, ...]:
@@ -62,26 +66,40 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
     def launch(make: Callable[[], Any], grid: int, *arguments: Any) -> Launch:
         kept = next(argument for argument in arguments if type(argument) is tuple)
         signature = _kernels.signature(format, make(), len(kept) // 4, len(reduced) // 4)
-        return Launch(make, signature, grid, plan.block, arguments)
+        return Launch(make, signature, grid, plan.block, arguments, plan.shared_bytes)
 
+    # The state of a chunk is the same for all that have one of this kind: one kernel serves them.
+    stateful: Kernel = kernel if kernel in PRODUCTS else "softmax"
+    chunks = plan.n_chunks, plan.chunk
     if plan.traversal == "strips":
-        make = partial(_kernels.strip_kernel, kernel, format, vectorized, plan.block[0] * plan.block[1])
+        threads = plan.block[0] * plan.block[1]
         n_inner = layout.kept[-1].size
         n_strips = -(-(n_inner + phase) // plan.rows_per_block)
         outer = kept[:-4] or (1, 0, 0, 0)
-        arguments = n_inner, n_cols, phase, n_strips, outer, kept[-4:], reduced
-        return (launch(make, n_rows // n_inner * n_strips, "x", "y", "g", *arguments),)
+        sizes_of_strips = n_inner, n_cols, phase, n_strips, outer, kept[-4:], reduced
+        n_blocks = n_rows // n_inner * n_strips
+        if plan.n_chunks == 1:
+            make = partial(_kernels.strip_kernel, kernel, format, vectorized, threads)
+            return (launch(make, n_blocks, "x", "y", "g", *sizes_of_strips),)
+        states = partial(_kernels.strip_state_kernel, stateful, format, vectorized, threads)
+        results = partial(_kernels.strip_result_kernel, kernel, format, vectorized, threads)
+        n_of_results = n_blocks if kernel == "logsumexp" else n_blocks * plan.n_chunks
+        return (
+            launch(states, n_blocks * plan.n_chunks, "x", "g", "maxima", "sums", *chunks, *sizes_of_strips),
+            launch(results, n_of_results, "x", "y", "g", "maxima", "sums", *chunks, *sizes_of_strips),
+        )
     if plan.traversal == "rows":
         lanes = plan.threads_per_row if plan.threads_per_row <= 32 else 0
-        kernels = _kernels.product_row_kernel if kernel in PRODUCTS else _kernels.row_kernel
-        make = partial(kernels, kernel, format, vectorized, lanes, plan.held, plan.has_rest)
-        return (launch(make, -(-n_rows // plan.rows_per_block), "x", "y", "g", n_rows, n_cols, phase, kept, reduced),)
-    sizes = plan.n_chunks, plan.chunk, n_cols, phase, kept, reduced
-    states = partial(_kernels.chunk_state_kernel, format, vectorized)
+        make = partial(_kernels.row_kernel, kernel, format, vectorized, lanes, plan.held, plan.stored > 0)
+        n_tiles = plan.stored // tile_vectors(n_inputs(kernel))
+        sizes_of_rows = n_rows, n_cols, n_tiles, phase, kept, reduced
+        return (launch(make, -(-n_rows // plan.rows_per_block), "x", "y", "g", *sizes_of_rows),)
+    sizes = *chunks, n_cols, phase, kept, reduced
+    states = partial(_kernels.chunk_state_kernel, stateful, format, vectorized)
     results = partial(_kernels.chunk_result_kernel, kernel, format, vectorized)
     n_blocks = n_rows * plan.n_chunks
     return (
-        launch(states, n_blocks, "x", "maxima", "sums", *sizes),
+        launch(states, n_blocks, "x", "g", "maxima", "sums", *sizes),
         launch(results, n_rows if kernel == "logsumexp" else n_blocks, "x", "y", "g", "maxima", "sums", *sizes),
     )
 
@@ -95,10 +113,14 @@ def _dimensions(dimensions: tuple[Dimension, ...], itemsize: int) -> tuple[int, 
     return tuple(flat) or (1, 0, 0, 0)
 
 
-def launch_bounds(launch: Launch) -> int | None:
-    """Return the threads that a kernel must leave registers for; None where it does of itself."""
-    # Asked of strips, ptxas for sm_80 would rather spill at 64 registers than take the 104 that are there for it.
-    return MOST_THREADS if launch.block == (MOST_THREADS, 1) else None
+def launch_bounds(launch: Launch) -> int | tuple[int, int] | None:
+    """Return the threads that a kernel must leave registers for, and so many blocks; None where it does anyway."""
+    width, height = launch.block
+    if width * height < MOST_THREADS:
+        return None
+    # Unless one block is said to be enough, ptxas for sm_80 would rather spill at 40 registers of a long row, or at 64
+    # of a strip, than take the 100 that are there for it.
+    return (MOST_THREADS, 1) if launch.shared_bytes or height > 1 else MOST_THREADS
 
 
 def current_device() -> int:
@@ -115,7 +137,7 @@ class CudaError(RuntimeError):
     """The driver refused."""
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked(result: tuple[Any, ...]) -> Any:
     code, *values = result
     if code:
         _, name = driver.cuGetErrorName(code)
@@ -125,15 +147,34 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 @cache
 def device_facts(device: int) -> Device:
-    """Ask a card what plans depend on."""
+    """Ask a card what plans depend on.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If kernels use instructions that it does not have.
+    """
+    capability = cuda.gpus[device].compute_capability
+    if capability < MIN_CAPABILITY:
+        wanted, had = (".".join(map(str, one)) for one in (MIN_CAPABILITY, capability))
+        reason = f"it needs a device of compute capability {wanted} or newer, and device {device} has {had}"
+        raise BackendUnavailableError(f"backend 'cuda' is not available: {reason}")
     attribute = driver.CUdevice_attribute
-    wanted = (
+    facts = (
         attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-        attribute.CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR,
         attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE,
+        attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
     )
-    handle = _checked(driver.cuDeviceGet(device))
-    return Device(*(int(_checked(driver.cuDeviceGetAttribute(one, handle))) for one in wanted))
+    handle = checked(driver.cuDeviceGet(device))
+    return Device(*(int(checked(driver.cuDeviceGetAttribute(one, handle))) for one in facts))
+
+
+def queue_behind(stream: int, other: int) -> None:
+    """Have what is queued on a stream from now on wait, on the device, for what is queued on another one."""
+    event = checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+    checked(driver.cuEventRecord(event, other))
+    checked(driver.cuStreamWaitEvent(stream, event, 0))
+    checked(driver.cuEventDestroy(event))  # when both are through with it
 
 
 class Prepared:
@@ -154,7 +195,7 @@ class Prepared:
     def __init__(self, launches: tuple[Launch, ...], n_states: int, real_bytes: int, device: int) -> None:
         self._device, self._state_bytes, self._lock = device, n_states * real_bytes, Lock()
         with cuda.gpus[device]:
-            self._bound = [_Bound(launch) for launch in launches]
+            self._bound = [_Bound(launch, device) for launch in launches]
 
     def run(self, addresses: Mapping[str, int], stream: int) -> None:
         """Queue the launches on a stream; ``addresses`` are those of x, y and g."""
@@ -172,20 +213,26 @@ class Prepared:
                     bound.launch(addresses, stream)
             return
         # Allocated and freed in the order of the stream: another call may have the memory when this one is through.
-        maxima = int(_checked(driver.cuMemAllocAsync(2 * self._state_bytes, stream)))
+        maxima = int(checked(driver.cuMemAllocAsync(2 * self._state_bytes, stream)))
         try:
             with self._lock:
                 for bound in self._bound:
                     bound.launch({**addresses, "maxima": maxima, "sums": maxima + self._state_bytes}, stream)
         finally:
-            _checked(driver.cuMemFreeAsync(maxima, stream))
+            checked(driver.cuMemFreeAsync(maxima, stream))
 
 
 class _Bound:
     """One compiled kernel and its arguments, each of which is eight bytes."""
 
-    def __init__(self, launch: Launch) -> None:
-        self._function = driver.CUfunction(int(_compiled(launch.make(), launch.signature, launch_bounds(launch))))
+    def __init__(self, launch: Launch, device: int) -> None:
+        handle = int(_compiled(launch.make(), launch.signature, launch_bounds(launch)))
+        self._function = driver.CUfunction(handle)  # the driver takes a kernel of a library for one
+        if launch.shared_bytes:
+            # A block has 48 KiB unless a kernel is allowed more; the same kernel serves rows that need more and less.
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            most = device_facts(device).shared_bytes - MEETING_BYTES
+            checked(driver.cuKernelSetAttribute(attribute, most, driver.CUkernel(handle), driver.CUdevice(device)))
         flat: list[Any] = []
         for argument in launch.arguments:
             flat += argument if isinstance(argument, tuple) else (argument,)
@@ -194,20 +241,18 @@ class _Bound:
         base = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * len(flat))(*(base + 8 * place for place in range(len(flat))))
         self._parameters = ctypes.addressof(self._pointers)
-        self._grid, self._block = launch.grid, launch.block
+        self._grid, self._block, self._shared_bytes = launch.grid, launch.block, launch.shared_bytes
 
     def launch(self, addresses: Mapping[str, int], stream: int) -> None:
         for place, name in self._names:
             self._values[place] = addresses[name]
-        width, height = self._block
-        _checked(
-            driver.cuLaunchKernel(self._function, self._grid, 1, 1, width, height, 1, 0, stream, self._parameters, 0)
-        )
+        sizes = self._grid, 1, 1, *self._block, 1, self._shared_bytes
+        checked(driver.cuLaunchKernel(self._function, *sizes, stream, self._parameters, 0))
 
 
 def prepare(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, address: int, device: int) -> Prepared:
     """Prepare the launches of a plan for an input at this address, or any other with the same alignment."""
-    n_states = layout.n_rows * plan.n_chunks if plan.traversal == "split" else 0
+    n_states = layout.n_rows * plan.n_chunks if plan.chunk else 0
     steps = launches(kernel, format, layout, plan, address % VECTOR_BYTES)
     return Prepared(steps, n_states, np.dtype(format.real).itemsize, device)
 
@@ -215,7 +260,7 @@ def prepare(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, ad
 _kernel_handles: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
 
-def _compiled(kernel: Any, signature: Any, bounds: int | None) -> Any:
+def _compiled(kernel: Any, signature: Any, bounds: int | tuple[int, int] | None) -> Any:
     """Return the handle of a kernel compiled for the current device."""
     key = kernel, signature, bounds, cuda.get_current_device().id
     if key not in _kernel_handles:

@@ -1,8 +1,8 @@
 """Which kernel serves a call on the GPU, and in what shape: a plain value, chosen from sizes before a launch.
 
-The floor is one reading and one writing of device memory. A row that its lanes hold in registers is at it; so is one
-whose rest is read again from the L2 cache. Of longer rows the second reading is from memory, unless they end there.
-No threshold here was measured on a card yet: they are counts of bytes, registers and lanes.
+The floor is one reading and one writing of device memory. A row that its block keeps in registers and shared memory is
+at it; so is one whose rest is read again from the L2 cache. Of longer rows the second reading is from memory, unless
+they end there. No threshold here was measured on a card yet: they are counts of bytes, registers and lanes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from fastsoftmax._layout import Dimension, Layout
 
 Traversal = Literal["rows", "split", "strips"]
 
-VECTOR_BYTES = 16
+VECTOR_BYTES, WARP = 16, 32
 
 # Vectors that a lane holds before more lanes are taken: 64 bytes on their way per lane keep the memory busy. Rows that
-# need more than 512 lanes have lanes hold more, up to what fits in 128 registers, all that 512 lanes have; where there
-# is a rest to be read, and in float64, that is less.
-HELD, MOST_HELD, MOST_THREADS = 4, 8, 512
-MOST_HELD_OF_MORE = 6
+# need more than 512 lanes have lanes hold more, up to what fits in 128 registers, all that 512 lanes have. That is less
+# where the row goes on, and in float64, whose polynomial takes registers: 6 vectors and the loops for more do not fit.
+HELD, MOST_HELD, MOST_HELD_OF_DOUBLES, MOST_THREADS = 4, 8, 6, 512
+HELD_OF_MORE, HELD_OF_MORE_DOUBLES = 6, 4
+
+# Of a block's shared memory, what is left for lanes to meet in: 32 numbers for the maximum and 32 for sums take 512.
+MEETING_BYTES = 1024
 
 # Threads of a block of rows that need a warp or less.
 ROWS_THREADS = 128
@@ -32,19 +35,20 @@ IN_FLIGHT = 4
 # merge in a few steps each.
 CHUNK_THREADS, MOST_CHUNKS = 256, 1024
 
-# A strip is no narrower than a sector, the unit in which memory is read.
-STRIP_THREADS, SECTOR_BYTES = 512, 32
+# A strip is no narrower than a sector, the unit in which memory is read. One multiprocessor reads the most bytes of a
+# strip that is not split in about the time of a second launch, 3 us.
+STRIP_THREADS, SECTOR_BYTES, MOST_STRIP_BYTES = 512, 32, 256 * 1024
 
 # Of the L2 cache, for what is to be read again; the rest is for what is written meanwhile.
 CACHE_SHARE = 0.7
 
 
 class Device(NamedTuple):
-    """What a plan depends on: multiprocessors, the threads one can have, and bytes of L2 cache."""
+    """What a plan depends on: multiprocessors, and bytes of L2 cache and of a block's shared memory."""
 
     n_multiprocessors: int
-    threads_per_multiprocessor: int
     l2_bytes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +59,22 @@ class LaunchPlan:
     ----------
     traversal : {"rows", "split", "strips"}
         ``rows``: each row by the lanes of one block or of a part of it. ``split``: each row by many blocks, in two
-        launches. ``strips``: adjacent rows side by side, for a reduced axis that is not the last.
+        launches. ``strips``: adjacent rows side by side, for a reduced axis that is not the last; in two launches where
+        there are few and long ones.
     vector : int
         Elements that a lane reads at once: 16 bytes' worth, or 1 where memory lies otherwise.
     threads_per_row, rows_per_block : int
         Who shares a row. In strips, the rows of a block are those of its strip.
     held : int
         Vectors of a row that a lane keeps in registers.
+    stored : int
+        Vectors of a row that a lane keeps in shared memory, after those in registers.
+    shared_bytes : int
+        The shared memory of a block that takes.
     has_rest : bool
-        Whether rows are longer than what is held; all else is read twice.
+        Whether rows are longer than what is held and stored; all else is read twice.
     n_chunks, chunk : int
-        Into how many chunks a row is split, and the elements of one.
+        Into how many chunks a row is split, and the elements of one; 0 where it is not, and one launch does it all.
     """
 
     traversal: Traversal
@@ -73,6 +82,8 @@ class LaunchPlan:
     threads_per_row: int
     rows_per_block: int
     held: int = 0
+    stored: int = 0
+    shared_bytes: int = 0
     has_rest: bool = False
     n_chunks: int = 1
     chunk: int = 0
@@ -103,28 +114,54 @@ def choose(layout: Layout, phases: tuple[int, ...], device: Device, n_inputs: in
     device : Device
         The card.
     n_inputs : int
-        Inputs of the same size that lanes hold. Two are only ever read by rows.
+        Inputs of the size of the output, all of which lanes keep.
     """
-    strip = n_inputs == 1 and _has_strips(layout, len(phases))
-    vector = VECTOR_BYTES // layout.itemsize if _is_vectorized(layout, phases, strip) else 1
-    if strip:
-        return _strips(layout, vector, device)
+    if _has_strips(layout, len(phases)):
+        vector = VECTOR_BYTES // layout.itemsize if _is_vectorized(layout, phases, strip=True) else 1
+        phase = phases[0] // layout.itemsize if vector > 1 else 0
+        plan = _strips(layout, vector, device, n_inputs, phase)
+        # Lanes that have a row each, or some of it, read a few short and adjacent rows as well as strips of them do.
+        if plan.block[0] * plan.block[1] >= WARP:
+            return plan
+    vector = VECTOR_BYTES // layout.itemsize if _is_vectorized(layout, phases, strip=False) else 1
     n_vectors = -(-(layout.n_cols + (vector - 1 if _has_phase(layout, phases) else 0)) // vector)
-    held, most_held = HELD // n_inputs, (MOST_HELD_OF_MORE if layout.itemsize == 8 else MOST_HELD) // n_inputs
+    held, most_held = HELD // n_inputs, (MOST_HELD_OF_DOUBLES if layout.itemsize == 8 else MOST_HELD) // n_inputs
     if n_vectors > MOST_THREADS * most_held:
-        held = MOST_HELD_OF_MORE // n_inputs
-        rest_bytes = (n_vectors - MOST_THREADS * held) * vector * layout.itemsize
-        is_cached = rest_bytes * device.n_multiprocessors <= CACHE_SHARE * device.l2_bytes
-        if n_inputs == 1 and (2 * layout.n_rows < device.n_multiprocessors or not is_cached):
-            return _split(n_vectors, vector)
-        return LaunchPlan("rows", vector, MOST_THREADS, 1, held, has_rest=True)
+        return _long_rows(layout, n_vectors, vector, device, n_inputs)
     threads = 1
-    while threads < 32 and n_vectors > threads * held:
+    while threads < WARP and n_vectors > threads * held:
         threads *= 2
     if n_vectors <= threads * held:
         return LaunchPlan("rows", vector, threads, ROWS_THREADS // threads, -(-n_vectors // threads))
     held = held if n_vectors <= MOST_THREADS * held else most_held
-    return LaunchPlan("rows", vector, -(-n_vectors // (32 * held)) * 32, 1, held)
+    return LaunchPlan("rows", vector, -(-n_vectors // (WARP * held)) * WARP, 1, held)
+
+
+def tile_vectors(n_inputs: int) -> int:
+    """Return the vectors of each input that a lane sends for at once, where they go to shared memory."""
+    return IN_FLIGHT // n_inputs
+
+
+def _long_rows(layout: Layout, n_vectors: int, vector: int, device: Device, n_inputs: int) -> LaunchPlan:
+    """Choose for rows that a block cannot hold in registers: 64 KiB and more.
+
+    A block of 512 lanes with 128 registers each is alone on its multiprocessor, and may have all shared memory there:
+    226 KiB on sm_90 and sm_100, which is seven tiles of 32 KiB, and with the 48 KiB in registers 69,632 float32; 162
+    KiB on sm_80, five tiles and 53,248. One block reads or writes at a time. While half of them read, each needs twice
+    its share of the bandwidth, on an H200 72 bytes a nanosecond: some 50 KiB under way at 700 ns. It sends for 128 KiB.
+    """
+    held = (HELD_OF_MORE_DOUBLES if layout.itemsize == 8 else HELD_OF_MORE) // n_inputs
+    word_bytes = VECTOR_BYTES if vector > 1 else max(layout.itemsize, 4)  # a single element takes a word
+    tile = MOST_THREADS * tile_vectors(n_inputs)
+    tile_bytes = tile * word_bytes * n_inputs
+    n_tiles = min(-(-(n_vectors - MOST_THREADS * held) // tile), (device.shared_bytes - MEETING_BYTES) // tile_bytes)
+    n_rest = max(n_vectors - MOST_THREADS * held - n_tiles * tile, 0)
+    rest_bytes = n_rest * vector * layout.itemsize * n_inputs
+    is_cached = rest_bytes * device.n_multiprocessors <= CACHE_SHARE * device.l2_bytes
+    if 2 * layout.n_rows < device.n_multiprocessors or not is_cached:
+        return _split(n_vectors, vector)
+    stored = n_tiles * tile_vectors(n_inputs)
+    return LaunchPlan("rows", vector, MOST_THREADS, 1, held, stored, n_tiles * tile_bytes, has_rest=n_rest > 0)
 
 
 def _strides(dimension: Dimension, n_arrays: int) -> tuple[int, ...]:
@@ -161,17 +198,39 @@ def _split(n_vectors: int, vector: int) -> LaunchPlan:
     return LaunchPlan("split", vector, CHUNK_THREADS, 1, n_chunks=-(-n_vectors // chunk), chunk=chunk * vector)
 
 
-def _strips(layout: Layout, vector: int, device: Device) -> LaunchPlan:
+def _strips(layout: Layout, vector: int, device: Device, n_inputs: int, phase: int) -> LaunchPlan:
+    """Choose for rows side by side; ``phase`` is how many elements after a 16-byte boundary they begin.
+
+    Blocks of 512 lanes with more than 64 registers each are alone on their multiprocessors, and as many strips are
+    under way at a time. Strips that are too few for all of them, and long, are split, and as wide as may be: nothing is
+    found in the cache again then.
+    """
     lane_bytes = vector * layout.itemsize
-    layers = min(_power_of_two(-(-layout.n_cols // IN_FLIGHT)), STRIP_THREADS)
-    lanes = min(_power_of_two(-(-layout.kept[-1].size // vector) + (vector > 1)), 32)
-    n_blocks = device.n_multiprocessors * device.threads_per_multiprocessor // STRIP_THREADS
-    while lanes * lane_bytes > SECTOR_BYTES and (
-        lanes * lane_bytes * layout.n_cols * n_blocks > CACHE_SHARE * device.l2_bytes
-        and layers > STRIP_THREADS // lanes
-    ):
+    # In float64 the strips of sm_100 spill where 512 lanes have 128 registers each.
+    most_threads = STRIP_THREADS // 2 if layout.itemsize == 8 else STRIP_THREADS
+    most_layers = min(_power_of_two(-(-layout.n_cols // IN_FLIGHT)), most_threads)
+    n_vectors = -(-(layout.kept[-1].size + phase) // vector)
+    widest = lanes = min(_power_of_two(n_vectors), WARP)
+
+    def n_strips(lanes: int) -> int:
+        return layout.n_rows // layout.kept[-1].size * -(-n_vectors // lanes)
+
+    while lanes * lane_bytes > SECTOR_BYTES and most_layers > most_threads // lanes:
+        n_under_way = min(n_strips(lanes), device.n_multiprocessors)
+        if lanes * lane_bytes * layout.n_cols * n_inputs * n_under_way <= CACHE_SHARE * device.l2_bytes:
+            break
         lanes //= 2
-    return LaunchPlan("strips", vector, min(layers, STRIP_THREADS // lanes), lanes * vector)
+    are_few = 2 * n_strips(lanes) <= device.n_multiprocessors
+    if are_few:
+        lanes = widest
+    layers = min(most_layers, most_threads // lanes)
+    unit = layers * IN_FLIGHT  # elements of each row that a block reads at once
+    n_chunks = min(-(-layout.n_cols // unit), 2 * device.n_multiprocessors // n_strips(lanes), MOST_CHUNKS)
+    if not are_few or n_chunks < 2 or lanes * lane_bytes * layout.n_cols * n_inputs <= MOST_STRIP_BYTES:
+        return LaunchPlan("strips", vector, layers, lanes * vector)
+    chunk = unit * -(-layout.n_cols // (unit * n_chunks))
+    n_chunks = -(-layout.n_cols // chunk)
+    return LaunchPlan("strips", vector, layers, lanes * vector, n_chunks=n_chunks, chunk=chunk)
 
 
 def _power_of_two(size: int) -> int:

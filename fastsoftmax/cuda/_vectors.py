@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
+from numba import cuda, types
 
 from fastsoftmax.cuda import _instructions
 from fastsoftmax.cuda._instructions import device
@@ -170,7 +170,15 @@ def _single_elements(format: Format, padding: Any) -> SimpleNamespace:
         if index < n:
             y[address] = element(words[position])
 
-    return SimpleNamespace(load=load, store=store)
+    @device
+    def copy(x: Any, address: Any, index: Any, n: Any, stored: Any, position: Any) -> Any:
+        stored[position] = word(x[address]) if index < n else padding
+
+    @device
+    def take(stored: Any, place: Any, words: Any, position: Any) -> Any:
+        words[position] = stored[place]
+
+    return SimpleNamespace(load=load, store=store, copy=copy, take=take)
 
 
 @cache
@@ -179,6 +187,7 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
 
     Their arguments: a pointer, the place in memory and the index in the row of the vector's first element, the length
     of the row, an array of words, and where in it the words begin. What is not in the row is read as the padding.
+    ``copy`` reads to shared memory, and may not be through when it returns; ``take`` has the words from there.
     """
     vector, n_words, per_word = access(format, vectorized)
     word, element = format.word, format.element
@@ -232,7 +241,21 @@ def vectors(format: Format, vectorized: bool, padding: int) -> SimpleNamespace:
         else:
             store_elements(0, y, address, index, n, words, position)
 
-    return SimpleNamespace(load=load, store=store)
+    @device
+    def copy(x: Any, address: Any, index: Any, n: Any, stored: Any, position: Any) -> Any:
+        if index >= 0 and index + vector <= n:
+            _instructions.copy_vector(x, address, stored, position)
+        else:
+            words = cuda.local.array(n_words, word)
+            pad(0, words, 0)
+            load_elements(0, x, address, index, n, words, 0)
+            _instructions.store_stored(stored, position, words, 0)
+
+    @device
+    def take(stored: Any, place: Any, words: Any, position: Any) -> Any:
+        _instructions.load_stored(stored, place, words, position)
+
+    return SimpleNamespace(load=load, store=store, copy=copy, take=take)
 
 
 @device

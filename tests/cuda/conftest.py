@@ -124,16 +124,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def small_plans(monkeypatch):
-    """Have blocks of no more than 64 threads that hold little, so that rows soon are long ones."""
+    """Have a small card, and blocks of no more than 64 threads that hold little, so that rows soon are long ones."""
     from fastsoftmax.backends import numba_cuda
-    from fastsoftmax.cuda import _plan
+    from fastsoftmax.cuda import _launch, _plan
+
+    card = _plan.Device(n_multiprocessors=4, l2_bytes=1 << 20, shared_bytes=21 << 10)
+    monkeypatch.setattr(_launch, "device_facts", lambda device: card)
 
     monkeypatch.setattr(_plan, "MOST_THREADS", 64)
     monkeypatch.setattr(_plan, "MOST_HELD", 2)
-    monkeypatch.setattr(_plan, "MOST_HELD_OF_MORE", 2)
+    monkeypatch.setattr(_plan, "MOST_HELD_OF_DOUBLES", 2)
+    monkeypatch.setattr(_plan, "HELD_OF_MORE", 2)
+    monkeypatch.setattr(_plan, "HELD_OF_MORE_DOUBLES", 2)
     monkeypatch.setattr(_plan, "HELD", 2)
     monkeypatch.setattr(_plan, "CHUNK_THREADS", 64)
     monkeypatch.setattr(_plan, "STRIP_THREADS", 64)
+    monkeypatch.setattr(_plan, "MOST_STRIP_BYTES", 1024)
     numba_cuda._prepare.cache_clear()
     numba_cuda._known.clear()
     yield

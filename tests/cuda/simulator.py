@@ -4,6 +4,7 @@ Import it, with ``NUMBA_ENABLE_CUDASIM=1`` in the environment, before the kernel
 `allocate` made; a pointer refuses what is not in one of them, and a vector that is not on a 16-byte boundary.
 """
 
+import sys
 import threading
 from bisect import bisect_right
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 from numba.core import config
+from numba.cuda.simulator import kernelapi
 from numpy.lib.stride_tricks import as_strided
 
 from fastsoftmax.cuda import _arrays, _instructions, _launch
@@ -19,6 +21,9 @@ from fastsoftmax.cuda._arrays import View
 from fastsoftmax.cuda._plan import Device
 
 assert config.ENABLE_CUDASIM
+
+# A small card, so that small arrays have the plans of large ones.
+SMALL_CARD = Device(n_multiprocessors=4, l2_bytes=1 << 20, shared_bytes=21 << 10)
 
 BOUNDARY = 256
 _allocations = {}  # by address
@@ -87,6 +92,50 @@ def store_vector(pointer, index, words, position):
         vector[number] = words[position + number]
 
 
+def load_stored(stored, place, words, position):
+    assert place % (16 // stored.itemsize) == 0, f"{place} is not on a 16-byte boundary"
+    for number in range(16 // stored.itemsize):
+        words[position + number] = stored[place + number]
+
+
+def store_stored(stored, place, words, position):
+    for number in range(16 // stored.itemsize):
+        stored[place + number] = words[position + number]
+
+
+def shared_array(self, shape, dtype, alignment=None):
+    """Return an array that a block's threads share: by where it is made, or all that the launch asked for."""
+    if shape == 0:
+        return self._dynshared[: self._dynshared_size].view(dtype)
+    frame = sys._getframe(1)
+    return self._allocations.setdefault((frame.f_code, frame.f_lineno), np.empty(shape, dtype))
+
+
+def _copies():
+    """Return the groups of copies that the current thread has under way; the last one is not closed yet."""
+    return threading.current_thread().__dict__.setdefault("copies", [[]])
+
+
+def copy_vector(pointer, index, stored, place):
+    """Do nothing yet: a copy may arrive as late as when it is waited for."""
+    assert place % (16 // stored.itemsize) == 0, f"{place} is not on a 16-byte boundary"
+    _copies()[-1].append((pointer.vector(index, stored.dtype), stored, place))
+
+
+def commit_copies():
+    _copies().append([])
+
+
+def await_copies(n_groups):
+    def wait():
+        groups = _copies()
+        while len(groups) - 1 > n_groups:
+            for vector, stored, place in groups.pop(0):
+                stored[place : place + vector.size] = vector
+
+    return wait
+
+
 def _pack(dtype):
     def pack(low, high):
         return np.array([low, high], np.float32).astype(dtype).view(np.uint32)[0]
@@ -100,6 +149,13 @@ _instructions.float16_value = lambda bits: np.float32(bits.view(np.float16))
 _instructions.pack_float16, _instructions.pack_bfloat16 = _pack(np.float16), _pack(ml_dtypes.bfloat16)
 _instructions.exchange = exchange
 _instructions.load_vector, _instructions.store_vector = load_vector, store_vector
+_instructions.load_stored, _instructions.store_stored = load_stored, store_stored
+_instructions.copy_vector, _instructions.commit_copies = copy_vector, commit_copies
+_instructions.await_copies = await_copies
+kernelapi.FakeCUDAShared.array = shared_array  # its own knows no alignment
+
+
+streams = []  # of all launches
 
 
 class Prepared:
@@ -109,6 +165,7 @@ class Prepared:
         self.launches, self.state_bytes = launches, n_states * real_bytes
 
     def run(self, addresses, stream):
+        streams.append(stream)
         states = allocate(2 * self.state_bytes)
         start = states.ctypes.data
         addresses = {**addresses, "maxima": start, "sums": start + self.state_bytes}
@@ -117,7 +174,7 @@ class Prepared:
                 Pointer(addresses[argument], _dtype(type)) if isinstance(argument, str) else argument
                 for argument, type in zip(launch.arguments, launch.signature.args, strict=True)
             ]
-            cuda.jit(launch.make())[launch.grid, launch.block](*arguments)
+            cuda.jit(launch.make())[launch.grid, launch.block, 0, launch.shared_bytes](*arguments)
         free(states)
 
 
@@ -134,16 +191,11 @@ class Array:
     def __init__(self, elements):
         self.elements = elements
 
-    @property
-    def __cuda_array_interface__(self):
-        raise AssertionError("the library is asked first")
+    is_cuda = True
 
     @property
     def shape(self):
         return self.elements.shape
-
-    def __setitem__(self, key, value):
-        self.elements[key] = value.elements if isinstance(value, Array) else value
 
 
 class Library:
@@ -165,8 +217,16 @@ class Library:
     def stream(self, x):
         return 0
 
+    own_stream = stream
+
     def on_device_of(self, x):
         return nullcontext()
+
+    def is_writable(self, x):
+        return x.elements.flags.writeable
+
+    def assign(self, x, value, stream):
+        x.elements[...] = value.elements if isinstance(value, Array) else value
 
     def empty(self, x, shape, offset=0):
         elements = x.elements
@@ -175,9 +235,14 @@ class Library:
         return Array(as_strided(memory, order.shape, order.strides))
 
 
+def from_dlpack(x):
+    """Borrow the memory of anything with DLPack, in the order of the library's stream, which is number 7."""
+    capsule = x.__dlpack__(stream=7)
+    return Array(capsule)
+
+
 _arrays._LIBRARIES[__name__] = Library()
-# A small card, so that small arrays have the plans of large ones.
-_launch.device_facts = lambda device: Device(n_multiprocessors=4, threads_per_multiprocessor=1024, l2_bytes=1 << 20)
+_launch.device_facts = lambda device: SMALL_CARD
 _launch.current_device = lambda: 0
 
 

@@ -6,6 +6,7 @@ import pytest
 
 import fastsoftmax
 from fastsoftmax import record_plans
+from fastsoftmax.cuda._plan import IN_FLIGHT
 from tests.reference import exact, max_ulp_error, summand_scale
 
 DTYPES = {name: np.dtype(getattr(np, name, None) or getattr(ml_dtypes, name)) for name in
@@ -75,8 +76,21 @@ def test_rows_of_a_block(gpu, function, n_cols):
 
 
 def test_rows_that_do_not_fit_in_registers(gpu, function, small_plans):
-    launch = check(gpu, function, normals((3, 3001), np.float32), 1, 3, 3)
-    assert (launch.traversal, launch.has_rest) == ("rows", True)
+    launch = check(gpu, function, normals((2, 6001), np.float32), 1, 3, 3)
+    assert (launch.traversal, launch.stored, launch.has_rest) == ("rows", 5 * IN_FLIGHT, True)
+    assert launch.shared_bytes == 5 * IN_FLIGHT * 64 * 16
+
+
+@pytest.mark.parametrize("n_cols", [513, 1537, 5632])  # a little of one tile or two, and five to their last element
+def test_rows_that_end_in_shared_memory(gpu, n_cols, small_plans):
+    launch = check(gpu, "softmax", normals((2, n_cols), np.float32), 1)
+    assert (launch.stored, launch.has_rest) == (IN_FLIGHT * -(-(n_cols - 512) // 1024), False)
+
+
+def test_long_rows_in_other_formats_and_places(gpu, dtype, small_plans):
+    assert check(gpu, "softmax", normals((2, 1031), dtype), 1, 1, 1).stored
+    apart = check(gpu, "softmax", normals((2, 391), dtype), 1, 1, 2)
+    assert (apart.vector, apart.stored, apart.has_rest) == (1, 2 * IN_FLIGHT, False)
 
 
 def test_rows_split_over_blocks(gpu, function, small_plans):
@@ -89,6 +103,20 @@ def test_strips(gpu, function, dtype, shape, small_plans):
     launch = check(gpu, function, normals(shape, dtype), -2)
     assert launch.traversal == "strips"
     assert launch.vector == (16 // dtype.itemsize if shape[-1] * dtype.itemsize % 16 == 0 else 1)
+
+
+def test_strips_split_over_blocks(gpu, function, small_plans):
+    x = normals((130, 9), np.float32)
+    x[40:80, 3] = -np.inf  # the only elements of a row in some chunks
+    launch = check(gpu, function, x, 0)
+    assert (launch.traversal, launch.n_chunks) == ("strips", 5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_vectors_of_strips_split_over_blocks(gpu, dtype, small_plans):
+    launch = check(gpu, "softmax", normals((2, 270, 8), DTYPES[dtype]), 1)
+    assert launch.vector == 16 // DTYPES[dtype].itemsize
+    assert launch.n_chunks > 1
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), (0, 1), None])

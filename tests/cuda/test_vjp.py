@@ -27,9 +27,10 @@ def kernel(request):
 def check(gpu, kernel, shape, axis, dtype=np.float32, order="C"):
     rng = np.random.default_rng(0)
     x = np.asarray(rng.normal(size=shape), dtype, order=order)
-    g_shape = tuple(np.delete(shape, axis)) if kernel == "logsumexp_vjp" else shape
+    axes = tuple(range(len(shape))) if axis is None else axis
+    g_shape = tuple(np.delete(shape, axes)) if kernel == "logsumexp_vjp" else shape
     g = np.asarray(rng.normal(size=g_shape), dtype, order=order)
-    given, product = expected(kernel, x, g, axis)
+    given, product = expected(kernel, x, g, axes)
     with fastsoftmax.record_plans() as plans:
         result = gpu.to_host(getattr(fastsoftmax, kernel)(gpu.to_device(given, 0), gpu.to_device(g, 0), axis))
     scale = np.abs(product).max()
@@ -43,14 +44,46 @@ def test_rows(gpu, kernel, shape, dtype):
     assert check(gpu, kernel, shape, 1, dtype).vector == 16 // np.dtype(dtype).itemsize
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((9, 20), 0), ((2, 3, 5), 1)])
-def test_other_axes(gpu, kernel, shape, axis):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((21, 24), np.float16), ((21, 24), np.float32), ((2, 9, 21), np.float32), ((20, 8), np.float64)],
+)
+def test_strips(gpu, kernel, shape, dtype, small_plans):
+    launch = check(gpu, kernel, shape, -2, dtype)
+    assert launch.traversal == "strips"
+    assert launch.vector == (16 // np.dtype(dtype).itemsize if shape[-1] % 8 == 0 else 1)
+
+
+def test_strips_split_over_blocks(gpu, kernel, small_plans):
+    launch = check(gpu, kernel, (130, 8), 0)
+    assert launch.traversal == "strips"
+    assert launch.n_chunks > 1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), None])
+def test_any_axes(gpu, kernel, axis):
+    check(gpu, kernel, (2, 3, 5), axis)
+
+
+def test_rows_that_do_not_fit_in_registers(gpu, kernel, small_plans):
+    launch = check(gpu, kernel, (3, 3003), 1)
+    inputs = 1 if kernel == "logsumexp_vjp" else 2
+    assert launch.stored > 0
+    assert launch.shared_bytes == launch.stored * 64 * 16 * inputs
+    assert launch.has_rest == (inputs == 2)
+
+
+def test_rows_split_over_blocks(gpu, kernel, small_plans):
+    launch = check(gpu, kernel, (1, 2500), 1)
+    assert (launch.traversal, launch.n_chunks) == ("split", 3)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((300, 16385), 1), ((300, 32768), 1), ((2, 1_000_003), 1), ((4096, 512), 0), ((100_000, 8), 0)]
+)
+def test_large_arrays(gpu, kernel, shape, axis):
     check(gpu, kernel, shape, axis)
-
-
-def test_rows_with_a_rest(gpu, kernel, small_plans):
-    launch = check(gpu, kernel, (3, 1500), 1)
-    assert launch.has_rest
 
 
 def test_no_gradient_where_the_probability_is_0(gpu):
@@ -61,6 +94,22 @@ def test_no_gradient_where_the_probability_is_0(gpu):
     one = gpu.to_device(np.array([np.inf], np.float32), 0)
     result = gpu.to_host(fastsoftmax.logsumexp_vjp(gpu.to_device(x, 0), one, 1))
     assert result.tolist() == [[np.inf, 0.0, np.inf]]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("axis", [1, (0, 2), None])
+def test_arrays_in_main_memory(kernel, axis, dtype):
+    rng = np.random.default_rng(0)
+    axes = axis or (0, 1, 2) if axis != 1 else 1
+    x = rng.normal(size=(2, 5, 7)).astype(dtype)[:, ::-2]
+    g = rng.normal(size=np.delete(x.shape, axes) if kernel == "logsumexp_vjp" else x.shape).astype(dtype)
+    given, product = expected(kernel, x, g, axes)
+    with fastsoftmax.record_plans() as plans:
+        result = getattr(fastsoftmax, kernel)(given, g, axis, backend="cuda")
+    assert plans[0].backend == "cuda"
+    assert isinstance(result, np.ndarray)
+    assert np.abs(result - product).max() / np.abs(product).max() < 16 * np.finfo(dtype).eps
 
 
 def test_bad_gradients(gpu):

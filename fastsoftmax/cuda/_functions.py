@@ -1,0 +1,176 @@
+"""What is computed of each element of a row: the functions and their vector-Jacobian products, as traversals see them.
+
+A lane takes elements into three numbers, and the numbers of all lanes that share a row become the state of the row.
+For softmax and its like they are the maximum, the sum of the terms of smaller elements, and how many elements are the
+maximum: one of these is left out of the state, where all lanes have met. The products of softmax and log_softmax need
+nothing but a sum over the row, of p * g or of g: their maximum and ties are 0 and stay so.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+
+from fastsoftmax.cuda import _state
+from fastsoftmax.cuda._instructions import device
+from fastsoftmax.cuda._vectors import Format
+
+# The functions, and their vector-Jacobian products: of softmax from p and g, of log_softmax from log p and g, of
+# logsumexp from a and one g per row.
+Kernel = Literal["softmax", "log_softmax", "logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp"]
+
+# Those that read two arrays of one size.
+PRODUCTS = ("softmax_vjp", "log_softmax_vjp")
+
+
+def n_inputs(kernel: Kernel) -> int:
+    """Return how many arrays as large as the result are read."""
+    return 2 if kernel in PRODUCTS else 1
+
+
+@cache
+def arithmetic(kernel: Kernel, format: Format) -> SimpleNamespace:
+    """Return the device functions of a kernel, and ``lowest``, the maximum of no element.
+
+    Lanes take elements in by ``largest(maximum, x)``, ``reference(maximum)``, which gives an offset and a shift,
+    ``add(sum, ties, x, g, maximum, offset, shift)`` and ``advance(maximum, sum, ties, new_maximum)``. Of all lanes
+    together, ``close(maximum, sum, ties)`` makes the sum of a state; ``merge`` makes one of two states. From a state
+    ``of_row`` gives the number that all elements of the row share, in two parts, and from that
+    ``of_element(x, g, maximum, offset, shift, shared, low)`` the result of one. ``g`` is that of the element in the
+    products, of the row in logsumexp's, and nothing elsewhere.
+    """
+    return _product(kernel, format) if kernel in PRODUCTS else _exponential(kernel, format)
+
+
+def _exponential(kernel: Kernel, format: Format) -> SimpleNamespace:
+    state, zero, one = _state.on_device(format.precision), format.real(0), format.real(1)
+    power, rebase, term, log_total, scaled = state.power, state.rebase, state.term, state.log_total, state.scaled
+
+    @device
+    def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
+        """Return sum and ties beside a maximum that is as large or larger."""
+        if maximum == new_maximum:
+            return sum, ties
+        return (sum + ties * term(maximum, maximum)) * rebase(maximum, new_maximum), zero
+
+    @device
+    def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+        of_x = power(x - offset, shift)
+        return sum + (zero if x == maximum else of_x), ties + (one if x == maximum else zero)
+
+    @device
+    def close(maximum: Any, sum: Any, ties: Any) -> Any:
+        return sum + (ties - one) * term(maximum, maximum) if ties > zero else sum
+
+    if kernel in ("log_softmax", "logsumexp"):
+
+        @device
+        def of_row(maximum: Any, sum: Any) -> Any:
+            return log_total(maximum, sum), zero
+
+    else:
+        of_row = state.inverse_total
+
+    if format.precision == "half":  # the second part is below what a result shows
+
+        @device
+        def scaled(term: Any, inverse: Any, inverse_low: Any) -> Any:
+            return term * inverse
+
+    if kernel == "log_softmax":
+
+        @device
+        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+            return (x - maximum) - shared
+
+    elif kernel == "logsumexp_vjp":
+
+        @device
+        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+            p = scaled(power(x - offset, shift), shared, low)
+            return zero if p == zero else p * g
+
+    else:
+
+        @device
+        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+            return scaled(power(x - offset, shift), shared, low)
+
+    return SimpleNamespace(
+        lowest=format.real(-np.inf),
+        padding=format.minus_infinity,
+        largest=state.larger,
+        reference=state.reference,
+        advance=advance,
+        add=add,
+        close=close,
+        merge=state.merge,
+        of_row=of_row,
+        of_element=of_element,
+    )
+
+
+def _product(kernel: Kernel, format: Format) -> SimpleNamespace:
+    """An element whose probability is 0 adds nothing to the sum of softmax's, and gets no gradient through any sum."""
+    exponential, zero = _state.on_device(format.precision).exponential, format.real(0)
+
+    @device
+    def largest(maximum: Any, x: Any) -> Any:
+        return zero
+
+    @device
+    def reference(maximum: Any) -> Any:
+        return zero, zero
+
+    @device
+    def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
+        return sum, ties
+
+    @device
+    def close(maximum: Any, sum: Any, ties: Any) -> Any:
+        return sum
+
+    @device
+    def merge(a_maximum: Any, a_sum: Any, b_maximum: Any, b_sum: Any) -> Any:
+        return zero, a_sum + b_sum
+
+    @device
+    def of_row(maximum: Any, sum: Any) -> Any:
+        return sum, zero
+
+    if kernel == "softmax_vjp":
+
+        @device
+        def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+            return sum + (zero if x == zero else x * g), ties
+
+        @device
+        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+            return zero if x == zero else x * (g - shared)
+
+    else:
+
+        @device
+        def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+            return sum + g, ties
+
+        @device
+        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+            p = exponential(x)
+            return g if p == zero else g - p * shared
+
+    return SimpleNamespace(
+        lowest=zero,
+        padding=0,
+        largest=largest,
+        reference=reference,
+        advance=advance,
+        add=add,
+        close=close,
+        merge=merge,
+        of_row=of_row,
+        of_element=of_element,
+    )

@@ -1,0 +1,123 @@
+"""How lanes that share a row meet, so that each of them knows what all know.
+
+They do so in two steps: first the maximum of all, then the sum of all, each rescaled to that maximum once. The order of
+additions is fixed by the number of lanes, and so are the bits of the result.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from fastsoftmax.cuda import _instructions, _state
+from fastsoftmax.cuda._functions import PRODUCTS, Kernel
+from fastsoftmax.cuda._instructions import device
+from fastsoftmax.cuda._state import Precision
+from fastsoftmax.cuda._vectors import Format
+
+
+@cache
+def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
+    """Return device functions by which lanes meet: so many neighbours of a warp, or all of a block if that is 0."""
+    larger = _state.on_device(precision).larger
+    real = np.float64 if precision == "double" else np.float32
+    n_steps = (lanes or 32).bit_length() - 1
+
+    @device
+    def warp_largest(value: Any) -> Any:
+        for step in range(n_steps):
+            value = larger(value, _instructions.exchange(value, 1 << step))
+        return value
+
+    @device
+    def warp_sum(value: Any) -> Any:
+        for step in range(n_steps):
+            value += _instructions.exchange(value, 1 << step)
+        return value
+
+    if lanes:
+        return SimpleNamespace(largest=warp_largest, sum=warp_sum)
+
+    @device
+    def block_largest(value: Any) -> Any:
+        of_warps = cuda.shared.array(32, real)
+        value = warp_largest(value)
+        if cuda.threadIdx.x % 32 == 0:
+            of_warps[cuda.threadIdx.x // 32] = value
+        cuda.syncthreads()
+        value = of_warps[0]
+        for warp in range(1, cuda.blockDim.x // 32):
+            value = larger(value, of_warps[warp])
+        cuda.syncthreads()  # the array may be written to again now
+        return value
+
+    @device
+    def block_sum(value: Any) -> Any:
+        of_warps = cuda.shared.array(32, real)
+        value = warp_sum(value)
+        if cuda.threadIdx.x % 32 == 0:
+            of_warps[cuda.threadIdx.x // 32] = value
+        cuda.syncthreads()
+        value = of_warps[0]
+        for warp in range(1, cuda.blockDim.x // 32):
+            value += of_warps[warp]
+        cuda.syncthreads()  # the array may be written to again now
+        return value
+
+    return SimpleNamespace(largest=block_largest, sum=block_sum)
+
+
+@cache
+def merging(format: Format, lanes: int) -> Any:
+    """Return a device function that merges the states of lanes that meet, each of any number of elements."""
+    meet, state = meeting(format.precision, lanes), _state.on_device(format.precision)
+    meet_largest, meet_sum, rebase, term = meet.largest, meet.sum, state.rebase, state.term
+    zero, one = format.real(0), format.real(1)
+
+    @device
+    def merge_all(maximum: Any, sum: Any) -> Any:
+        largest = meet_largest(maximum)
+        sum = sum * rebase(maximum, largest) + (zero if maximum == largest else term(maximum, largest))
+        ties = one if maximum == largest else zero
+        sum, ties = meet_sum(sum), meet_sum(ties)
+        return largest, sum + (ties - one) * term(largest, largest)
+
+    return merge_all
+
+
+@cache
+def row_meeting(kernel: Kernel, format: Format, lanes: int) -> SimpleNamespace:
+    """Return device functions for lanes with parts of a row: ``largest(maximum)`` and ``sums(sum, ties)`` of all.
+
+    ``states(maximum, sum)`` merges states, of any number of elements each.
+    """
+    meet = meeting(format.precision, lanes)
+    meet_sum = meet.sum
+    if kernel in PRODUCTS:
+        return _without_maximum(meet_sum)
+
+    @device
+    def sums(sum: Any, ties: Any) -> Any:
+        return meet_sum(sum), meet_sum(ties)
+
+    return SimpleNamespace(largest=meet.largest, sums=sums, states=merging(format, lanes))
+
+
+def _without_maximum(meet_sum: Any) -> SimpleNamespace:
+    @device
+    def largest(maximum: Any) -> Any:
+        return maximum
+
+    @device
+    def sums(sum: Any, ties: Any) -> Any:
+        return meet_sum(sum), ties
+
+    @device
+    def states(maximum: Any, sum: Any) -> Any:
+        return maximum, meet_sum(sum)
+
+    return SimpleNamespace(largest=largest, sums=sums, states=states)
