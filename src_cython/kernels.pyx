@@ -258,6 +258,7 @@ cdef inline void run_row(
 include "direct_calls.pxi"
 include "derivatives.pxi"
 include "cross_entropy.pxi"
+include "adjusted.pxi"
 
 
 # The state as Python sees it, for the tests of its laws: a tuple (maximum, offset, exponent, high, low).

@@ -88,6 +88,23 @@ typedef uint64_t u64v __attribute__((vector_size(REGISTER_BYTES)));
 DEFINE_FOR_ANY_PROCESSOR(f32v, float, u32v, 23)
 DEFINE_FOR_ANY_PROCESSOR(f64v, double, u64v, 52)
 
+/* v where a byte of the `count` at p is not 0; `fill` where it is, and in the lanes behind them. */
+#define DEFINE_WHERE_TRUE(T, real, bits)                                                                               \
+    typedef uint8_t T##_bytes __attribute__((vector_size(REGISTER_BYTES / sizeof(real))));                             \
+    static inline T T##_where_true(const char *p, int count, T v, T fill)                                              \
+    {                                                                                                                  \
+        T##_bytes bytes = {0};                                                                                         \
+        if (count == sizeof(T) / sizeof(real)) /* a copy of known length is one instruction */                         \
+            memcpy(&bytes, p, sizeof bytes);                                                                           \
+        else                                                                                                           \
+            memcpy(&bytes, p, (size_t)count);                                                                          \
+        bits mask = (bits)(__builtin_convertvector(bytes, bits) != 0);                                                 \
+        return (T)((mask & (bits)v) | (~mask & (bits)fill));                                                           \
+    }
+
+DEFINE_WHERE_TRUE(f32v, float, u32v)
+DEFINE_WHERE_TRUE(f64v, double, u64v)
+
 /* pick: element j of a table, where the lowest bits of v hold j. */
 #if REGISTER_BYTES == 64
 static const f32v f32v_powers = {
