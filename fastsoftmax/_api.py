@@ -432,7 +432,10 @@ def _wide_enough(working: np.dtype[Any], temperature: float) -> np.dtype[Any]:
 
 def _check_dtype(dtype: DTypeLike, x: Array, name: str) -> np.dtype[Any]:
     """Return the dtype that is asked for, if numbers of ``x`` can be computed in it."""
-    asked = np.dtype(dtype).newbyteorder("=")
+    try:
+        asked = np.dtype(dtype).newbyteorder("=")
+    except (TypeError, ValueError):
+        raise TypeError(f"dtype must be a floating or complex type, not {dtype!r}") from None
     if not _is_inexact(asked):
         raise TypeError(f"dtype must be a floating or complex type, not {asked}")
     if x.dtype.kind == "c" and asked.kind != "c":
