@@ -56,14 +56,10 @@ cdef struct AdjustedCall:
     bint lacks_memory
 
 
-cdef struct Panel:  # or a single row
-    const char* x
-    const char* mask
-    char* y
-    int count
-
-
 cdef struct AdjustedRow:
+    const char* x
+    const char* mask  # NULL for none
+    char* y
     bint is_divided  # by the temperature, which leaves an infinite maximum as it is
     double largest
     Py_ssize_t top  # the index of the first element that is the largest
@@ -222,7 +218,7 @@ cdef void hide(
         locate(row, first + done, &offset, &unused)
         run = min(inner - (first + done) % inner, n - done)
         if stride == 1:
-            hide_adjacent(<vec*>at(<const vec*>y, done), mask + offset, run, fill)
+            hide_adjacent(at(<const vec*>y, done), <vec*>at(<const vec*>y, done), mask + offset, run, fill)
         elif stride != 0 or not mask[offset]:
             for i in range(done, done + run):
                 if not mask[offset + (i - done) * stride]:
@@ -230,13 +226,14 @@ cdef void hide(
         done += run
 
 
-cdef inline void hide_adjacent(vec* y, const char* mask, Py_ssize_t n, double fill) noexcept nogil:
-    cdef Py_ssize_t width = lanes(<const vec*>y), i
-    cdef vec fills = splat(fill, <const vec*>y)
+cdef inline void hide_adjacent(const vec* x, vec* y, const char* mask, Py_ssize_t n, double fill) noexcept nogil:
+    """Copy n elements, but for the masked ones; x and y may be the same."""
+    cdef Py_ssize_t width = lanes(x), i
+    cdef vec fills = splat(fill, x)
     for i in range(n // width):
-        store(y + i, where_true(mask + i * width, <int>width, load(<const vec*>y + i), fills))
+        store(y + i, where_true(mask + i * width, <int>width, load(x + i), fills))
     i = n // width
-    store_within(y, i, n, where_true(mask + i * width, <int>(n - i * width), load_within(<const vec*>y, i, n), fills))
+    store_within(y, i, n, where_true(mask + i * width, <int>(n - i * width), load_within(x, i, n), fills))
 
 
 cdef inline Py_ssize_t panel_pitch(Py_ssize_t n, const vec* like) noexcept nogil:
@@ -252,7 +249,8 @@ cdef inline Py_ssize_t columns_of_panel(Py_ssize_t n, const vec* like) noexcept 
 
 
 cdef void read_panel(
-    const AdjustedCall* call, const Panel* panel, Py_ssize_t first, Py_ssize_t n, vec* logits, Py_ssize_t pitch
+    const AdjustedCall* call, const AdjustedRow* rows, int n_rows, Py_ssize_t first, Py_ssize_t n, vec* logits,
+    Py_ssize_t pitch
 ) noexcept nogil:
     """Turn n elements of each row of a panel, from `first` on, to rows of adjacent ones, masked ones to -inf."""
     cdef vec[MAX_LANES] turned
@@ -263,27 +261,29 @@ cdef void read_panel(
     cdef bint masks_columns = call.mask != NULL and call.mask_kept.x_stride[call.kept.count - 1] == 1
     while j < n:
         left = 0
-        while left < panel.count:
-            count = min(width, panel.count - left)
+        while left < n_rows:
+            count = min(width, n_rows - left)
             for i in range(width):
                 turned[i] = fill
                 if j + i < n:
                     turned[i] = load_stored(
-                        panel.x + (first + j + i) * x_stride + left * size, count, fill, call.storage)
+                        rows.x + (first + j + i) * x_stride + left * size, count, fill, call.storage)
                     if masks_columns:
-                        turned[i] = where_true(panel.mask + (first + j + i) * mask_stride + left, count, turned[i], fill)
+                        turned[i] = where_true(
+                            rows.mask + (first + j + i) * mask_stride + left, count, turned[i], fill)
             transpose(turned)
             for c in range(count):
                 store(<vec*>at(<const vec*>logits, (left + c) * pitch + j), turned[c])
             left += width
         j += width
     if call.mask != NULL and not masks_columns:
-        for c in range(panel.count):
-            hide(<vec*>at(<const vec*>logits, c * pitch), mask_of_row(call, panel, c), &call.mask_row, first, n, -INFINITY)
+        for c in range(n_rows):
+            hide(<vec*>at(<const vec*>logits, c * pitch), rows[c].mask, &call.mask_row, first, n, -INFINITY)
 
 
 cdef void write_panel(
-    const AdjustedCall* call, const Panel* panel, Py_ssize_t first, Py_ssize_t n, const vec* results, Py_ssize_t pitch
+    const AdjustedCall* call, const AdjustedRow* rows, int n_rows, Py_ssize_t first, Py_ssize_t n, const vec* results,
+    Py_ssize_t pitch
 ) noexcept nogil:
     """Turn rows of results back to where they belong."""
     cdef vec[MAX_LANES] turned
@@ -291,35 +291,59 @@ cdef void write_panel(
     cdef Py_ssize_t j = 0
     while j < n:
         left = 0
-        while left < panel.count:
-            count = min(width, panel.count - left)
+        while left < n_rows:
+            count = min(width, n_rows - left)
             for c in range(width):
                 turned[c] = load(at(results, (left + min(c, count - 1)) * pitch + j))
             transpose(turned)
             for i in range(<int>min(<Py_ssize_t>width, n - j)):
                 store_stored(
-                    panel.y + (first + j + i) * call.row.y_stride[0] + left * size, turned[i], count, call.storage)
+                    rows.y + (first + j + i) * call.row.y_stride[0] + left * size, turned[i], count, call.storage)
             left += width
         j += width
 
 
-cdef inline const char* mask_of_row(const AdjustedCall* call, const Panel* panel, int row) noexcept nogil:
-    return panel.mask + row * call.mask_kept.x_stride[call.mask_kept.count - 1] if row else panel.mask
-
-
-cdef inline const vec* read_rows(
-    const AdjustedCall* call, const Panel* panel, Py_ssize_t first, Py_ssize_t n, vec* logits, Py_ssize_t pitch
+cdef inline void collect_rows(
+    const AdjustedCall* call, const AdjustedRow* rows, int n_rows, Py_ssize_t first, Py_ssize_t n, vec* logits,
+    Py_ssize_t pitch, const vec** sources
 ) noexcept nogil:
-    """Where the rows of a panel have n adjacent elements from `first` on, a pitch apart."""
+    """Find n adjacent elements of each row, from `first` on: where they are, or a pitch apart in the scratch."""
+    cdef vec* target
+    cdef int r
     if call.columns > 1:
-        read_panel(call, panel, first, n, logits, pitch)
-    elif call.is_direct and call.mask == NULL:
-        return at(<const vec*>panel.x, first)
-    else:
-        gather(panel.x, &call.row, first, n, logits, call.storage)
-        if call.mask != NULL:
-            hide(logits, panel.mask, &call.mask_row, first, n, -INFINITY)
-    return logits
+        read_panel(call, rows, n_rows, first, n, logits, pitch)
+    for r in range(n_rows):
+        target = <vec*>at(<const vec*>logits, r * pitch)
+        sources[r] = target
+        if call.columns > 1:
+            continue
+        if call.is_direct and call.mask == NULL:
+            sources[r] = at(<const vec*>rows[r].x, first)
+        elif call.is_direct and call.mask_row.x_stride[0] == 1:
+            hide_adjacent(at(<const vec*>rows[r].x, first), target, rows[r].mask + first, n, -INFINITY)
+        else:
+            gather(rows[r].x, &call.row, first, n, target, call.storage)
+            if call.mask != NULL:
+                hide(target, rows[r].mask, &call.mask_row, first, n, -INFINITY)
+
+
+cdef inline void deliver_rows(
+    const AdjustedCall* call, const AdjustedRow* rows, int n_rows, Py_ssize_t first, Py_ssize_t n, const vec* results,
+    Py_ssize_t pitch
+) noexcept nogil:
+    """Bring n results of each row, from `first` on, to where they belong, if they are not there."""
+    cdef int r
+    if call.columns > 1:
+        write_panel(call, rows, n_rows, first, n, results, pitch)
+    elif not call.is_direct:
+        for r in range(n_rows):
+            scatter(at(results, r * pitch), rows[r].y, &call.row, first, n, call.storage)
+
+
+cdef inline vec* place_of_results(
+    const AdjustedCall* call, const AdjustedRow* row, Py_ssize_t first, const vec* results
+) noexcept nogil:
+    return <vec*>at(<const vec*>row.y, first) if call.is_direct else <vec*>results
 
 
 cdef inline void note_largest(AdjustedRow* row, const vec* x, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
@@ -349,7 +373,7 @@ cdef inline void fold_part(
         row.total = merge(row.total, state, apart)
 
 
-cdef inline void end_fold(const AdjustedCall* call, AdjustedRow* row, char* y, const vec* like) noexcept nogil:
+cdef inline void end_fold(const AdjustedCall* call, AdjustedRow* row, const vec* like) noexcept nogil:
     """Find what finishes a row; write logsumexp, which is all there is."""
     row.total = within_range(row.total, like)
     if call.function == SOFTMAX and is_regular(row.total):
@@ -358,14 +382,14 @@ cdef inline void end_fold(const AdjustedCall* call, AdjustedRow* row, char* y, c
         row.scale = log_scale_of(row.total, like)
     elif call.function == LOGSUMEXP and row.is_divided:
         store_stored(
-            y, splat(logsumexp_of_divided(row.total, row.largest, &call.temperature, like), like), 1, call.storage)
+            row.y, splat(logsumexp_of_divided(row.total, row.largest, &call.temperature, like), like), 1, call.storage)
     elif call.function == LOGSUMEXP:
-        store_stored(y, splat(logsumexp_of_state(row.total, like), like), 1, call.storage)
+        store_stored(row.y, splat(logsumexp_of_state(row.total, like), like), 1, call.storage)
 
 
 cdef inline void write_part(
-    const AdjustedCall* call, const AdjustedRow* row, const vec* x, const vec* terms, vec* y, const char* mask,
-    Py_ssize_t first, Py_ssize_t n
+    const AdjustedCall* call, const AdjustedRow* row, const vec* x, const vec* terms, vec* y, Py_ssize_t first,
+    Py_ssize_t n
 ) noexcept nogil:
     """Write n elements of a row, by way of their terms where these wait."""
     cdef vec[DIVISOR] divisor
@@ -388,8 +412,8 @@ cdef inline void write_part(
         write_divided_logs(x, y, n, divisor, row.scale.factor_low)
     else:
         write_chunk(SUBTRACT, x, y, n, reference, row.scale, call.streaming)
-    if mask != NULL and not is_regular_with_top(row.total, of_softmax):
-        hide(y, mask, &call.mask_row, first, n, 0.0 if of_softmax else -INFINITY)
+    if row.mask != NULL and not is_regular_with_top(row.total, of_softmax):
+        hide(y, row.mask, &call.mask_row, first, n, 0.0 if of_softmax else -INFINITY)
 
 
 cdef inline bint is_regular_with_top(State total, bint of_softmax) noexcept nogil:
@@ -397,51 +421,103 @@ cdef inline bint is_regular_with_top(State total, bint of_softmax) noexcept nogi
     return is_regular(total) if of_softmax else fabs(total.maximum) < INFINITY and total.high == total.high
 
 
-cdef void run_panel(
-    const AdjustedCall* call, const Panel* panel, vec* logits, vec* results, AdjustedRow* rows
+cdef inline void end_folds(
+    const AdjustedCall* call, AdjustedRow* rows, int n_rows, bint of_one_chunk, const vec* like
 ) noexcept nogil:
+    """Find what finishes rows: a row in each lane, if they are of one chunk, as this is a long chain of operations."""
+    cdef vec[REFERENCE] reference
+    cdef vec[FINISHERS] finishers
+    cdef vec high, low, log_high, log_low, zero = splat(0.0, like)
+    cdef int width = lanes(like), left = 0, r
+    while left < n_rows:
+        high = low = zero
+        for r in range(left, min(left + width, n_rows)):
+            if not (rows[r].is_divided and of_one_chunk) or call.function == LOGSUMEXP:
+                end_fold(call, &rows[r], like)
+            put(&high, r - left, rows[r].total.high)
+            put(&low, r - left, rows[r].total.low)
+        if of_one_chunk and call.is_divided and call.function != LOGSUMEXP:
+            make_reference(zero, splat(by_type(-64.0, -100.0, like), like), reference)
+            if call.function == SOFTMAX:
+                normalize(zero, high, low, reference, finishers)
+            else:
+                log_sums_of(zero, high, low, reference, &log_high, &log_low)
+            for r in range(left, min(left + width, n_rows)):
+                if rows[r].is_divided and call.function == SOFTMAX:
+                    rows[r].scale = scale_in_lane(<const vec*>finishers, r - left)
+                elif rows[r].is_divided:
+                    rows[r].scale = scale_by(0.0, lane(log_high + log_low, r - left))
+        left += width
+
+
+cdef void run_adjusted_rows(
+    const AdjustedCall* call, AdjustedRow* rows, int n_rows, vec* logits, vec* results, const vec** sources
+) noexcept nogil:
+    """Run a panel, or some rows one after the other."""
     cdef Py_ssize_t n = total_size(&call.row), length = chunk_length(<const vec*>logits), first = 0, size
     cdef Py_ssize_t pitch = panel_pitch(n, <const vec*>logits)
     cdef bint stays = n <= length, waits = stays and call.function == SOFTMAX
-    cdef const vec* source = logits
-    cdef const vec* x
     cdef vec* y
     cdef int r
-    for r in range(panel.count):
+    for r in range(n_rows):
         rows[r].is_divided, rows[r].largest, rows[r].top, rows[r].row_offset = False, -INFINITY, 0, 0.0
     while first < n and call.is_divided:
         size = min(length, n - first)
-        source = read_rows(call, panel, first, size, logits, pitch)
-        for r in range(panel.count):
-            note_largest(&rows[r], at(source, r * pitch), first, size)
+        collect_rows(call, rows, n_rows, first, size, logits, pitch, sources)
+        for r in range(n_rows):
+            note_largest(&rows[r], sources[r], first, size)
         first += size
     first = 0
     while first < n:
         size = min(length, n - first)
         if not (stays and call.is_divided):
-            source = read_rows(call, panel, first, size, logits, pitch)
-        for r in range(panel.count):
-            y = <vec*>at(<const vec*>results, r * pitch)
-            fold_part(call, &rows[r], at(source, r * pitch), y, first, size, waits)
+            collect_rows(call, rows, n_rows, first, size, logits, pitch, sources)
+        for r in range(n_rows):
+            fold_part(call, &rows[r], sources[r], <vec*>at(<const vec*>results, r * pitch), first, size, waits)
         first += size
-    for r in range(panel.count):
-        end_fold(call, &rows[r], panel.y + r * call.kept.y_stride[call.kept.count - 1] if r else panel.y, <const vec*>logits)
+    end_folds(call, rows, n_rows, stays, <const vec*>logits)
     first = 0
     while first < n and call.function != LOGSUMEXP:
         size = min(length, n - first)
         if not stays:
-            source = read_rows(call, panel, first, size, logits, pitch)
-        for r in range(panel.count):
-            x, y = at(source, r * pitch), <vec*>at(<const vec*>results, r * pitch)
+            collect_rows(call, rows, n_rows, first, size, logits, pitch, sources)
+        for r in range(n_rows):
+            y = <vec*>at(<const vec*>results, r * pitch)
             write_part(
-                call, &rows[r], x, y if waits else NULL,
-                <vec*>(panel.y + first * itemsize(x)) if call.is_direct else y,
-                mask_of_row(call, panel, r) if call.mask != NULL else NULL, first, size)
-        if call.columns > 1:
-            write_panel(call, panel, first, size, <const vec*>results, pitch)
-        elif not call.is_direct:
-            scatter(<const vec*>results, panel.y, &call.row, first, size, call.storage)
+                call, &rows[r], sources[r], y if waits else NULL, place_of_results(call, &rows[r], first, y), first,
+                size)
+        deliver_rows(call, rows, n_rows, first, size, <const vec*>results, pitch)
         first += size
+
+
+cdef void run_masked_rows(
+    const AdjustedCall* call, AdjustedRow* rows, int n_rows, vec* logits, vec* results, const vec** sources
+) noexcept nogil:
+    """Run rows of up to a chunk that are only masked, by the kernel for batches of rows."""
+    cdef Py_ssize_t n = total_size(&call.row), pitch = panel_pitch(n, <const vec*>logits)
+    cdef vec* terms[MAX_LANES]
+    cdef vec* targets[MAX_LANES]
+    cdef bint of_sums = call.function == LOGSUMEXP, streams = call.streaming and call.is_direct
+    cdef int left = 0, count, r
+    collect_rows(call, rows, n_rows, 0, n, logits, pitch, sources)
+    while left < n_rows:
+        count = min(n_rows - left, batch_rows(n, <const vec*>logits))
+        for r in range(count):
+            terms[r] = <vec*>at(<const vec*>results, (left + r) * pitch)
+            targets[r] = terms[r] if of_sums else place_of_results(call, &rows[left + r], 0, terms[r])
+            if not streams:
+                terms[r] = targets[r]
+        run_rows(
+            sources + left, terms, targets, count, n, call.function, IN_SCRATCH if streams else IN_OUTPUT, streams)
+        for r in range(count):
+            if of_sums:
+                store_stored(rows[left + r].y, splat(get(<const vec*>targets[r], 0), logits), 1, call.storage)
+            elif get(<const vec*>targets[r], 0) != get(<const vec*>targets[r], 0):
+                # Of a row that is not regular, the first result is NaN, or -inf as is a masked one's logarithm.
+                hide(targets[r], rows[left + r].mask, &call.mask_row, 0, n, 0.0 if call.function == SOFTMAX else -INFINITY)
+        left += count
+    if not of_sums:
+        deliver_rows(call, rows, n_rows, 0, n, <const vec*>results, pitch)
 
 
 def panel_columns(Py_ssize_t n, Py_ssize_t size):
@@ -503,41 +579,56 @@ cdef void run_adjusted_block_of_call(void* context, Py_ssize_t block) noexcept n
         call.lacks_memory = True
 
 
+cdef inline void place_rows(const AdjustedCall* call, Py_ssize_t unit, int count, AdjustedRow* rows) noexcept nogil:
+    """Set where rows are: `count` that follow each other, from the unit-th on."""
+    cdef Py_ssize_t x_offset, y_offset, unused
+    cdef int r
+    for r in range(count):
+        locate(&call.kept, unit + r, &x_offset, &y_offset)
+        rows[r].x, rows[r].y, rows[r].mask = <const char*>call.x + x_offset, <char*>call.y + y_offset, NULL
+        if call.mask != NULL:
+            locate(&call.mask_kept, unit + r, &x_offset, &unused)
+            rows[r].mask = call.mask + x_offset
+
+
 cdef bint run_adjusted_block(const vec* like, const AdjustedCall* call, Py_ssize_t block) noexcept nogil:
     """Run one of the equal parts of a call; False if there is no memory for its scratch."""
-    cdef Py_ssize_t room = call.columns * panel_pitch(total_size(&call.row), like) * itemsize(like), unit
-    cdef Py_ssize_t inner = 1, per_run = 1, n_units, x_offset, y_offset, mask_offset, column
-    cdef Dimensions kept = call.kept, mask_kept = call.mask_kept
-    cdef int last = kept.count - 1
-    cdef Panel panel
+    cdef Py_ssize_t n = total_size(&call.row), n_units = total_size(&call.kept), per_run = 1, inner = 1, unit, end
+    cdef Py_ssize_t together = call.columns, room, count
+    cdef bint in_one_chunk = n <= chunk_length(like)
+    if call.columns > 1:
+        inner = call.kept.size[call.kept.count - 1]
+        per_run = (inner + call.columns - 1) // call.columns
+        n_units = n_units // inner * per_run
+    elif in_one_chunk:
+        together = batch_rows(n, like)
+    room = together * panel_pitch(n, like) * itemsize(like)
     cdef void* memory = malloc(2 * room + REGISTER_BYTES)
-    cdef AdjustedRow* rows = <AdjustedRow*>malloc(call.columns * sizeof(AdjustedRow))
-    if memory == NULL or rows == NULL:
+    cdef AdjustedRow* rows = <AdjustedRow*>malloc(together * sizeof(AdjustedRow))
+    cdef const vec** sources = <const vec**>malloc(together * sizeof(vec*))
+    if memory == NULL or rows == NULL or sources == NULL:
         free(memory)
         free(rows)
+        free(sources)
         return False
     cdef char* scratch = <char*>memory + <Py_ssize_t>(-<uintptr_t>memory % REGISTER_BYTES)
-    if call.columns > 1:
-        inner = kept.size[last]
-        per_run = (inner + call.columns - 1) // call.columns
-        kept.count = mask_kept.count = last
-    n_units = total_size(&kept) * per_run
-    panel.mask = NULL
-    for unit in range(n_units * block // call.n_blocks, n_units * (block + 1) // call.n_blocks):
-        column = unit % per_run * call.columns
-        panel.count = <int>min(call.columns, inner - column)
-        locate(&kept, unit // per_run, &x_offset, &y_offset)
-        panel.x, panel.y = <const char*>call.x + x_offset, <char*>call.y + y_offset
+    unit, end = n_units * block // call.n_blocks, n_units * (block + 1) // call.n_blocks
+    while unit < end:
         if call.columns > 1:
-            panel.x, panel.y = panel.x + column * kept.x_stride[last], panel.y + column * kept.y_stride[last]
-        if call.mask != NULL:
-            locate(&mask_kept, unit // per_run, &mask_offset, &y_offset)
-            panel.mask = call.mask + mask_offset
-            if call.columns > 1:
-                panel.mask = panel.mask + column * mask_kept.x_stride[last]
-        run_panel(call, &panel, <vec*>scratch, <vec*>(scratch + room), rows)
+            count = min(call.columns, inner - unit % per_run * call.columns)
+            place_rows(call, unit // per_run * inner + unit % per_run * call.columns, <int>count, rows)
+            unit += 1
+        else:
+            count = min(together, end - unit)
+            place_rows(call, unit, <int>count, rows)
+            unit += count
+        if in_one_chunk and not call.is_divided:
+            run_masked_rows(call, rows, <int>count, <vec*>scratch, <vec*>(scratch + room), sources)
+        else:
+            run_adjusted_rows(call, rows, <int>count, <vec*>scratch, <vec*>(scratch + room), sources)
     if call.streaming:
         stream_fence()
     free(memory)
     free(rows)
+    free(sources)
     return True
