@@ -11,8 +11,8 @@ in float32 makes 40 ULP of the exponential. x - m and what it rounds off are exa
 """
 
 cdef enum:
-    # A panel of short rows takes this much of the private cache, and as much again for its results.
-    PANEL_BYTES = 262144
+    # The logits of a panel take up to this much, and its results as much again: 32 columns of (4096, 4096) float32.
+    PANEL_BYTES = 524288
     LINE_BYTES = 64
     MAX_PANEL_LINES = 16
 
@@ -186,7 +186,9 @@ cdef void write_divided_logs(const vec* x, vec* y, Py_ssize_t n, const vec* divi
         i += GROUP
 
 
-cdef double logsumexp_of_divided(State total, double largest, const Temperature* temperature, const vec* like) noexcept nogil:
+cdef double logsumexp_of_divided(
+    State total, double largest, const Temperature* temperature, const vec* like
+) noexcept nogil:
     """The quotient of the maximum, which the state does not know, plus the logarithm of the sum."""
     cdef vec log_high, log_low
     cdef double quotient = largest / temperature.value, low, result
@@ -266,6 +268,7 @@ cdef void read_panel(
             for i in range(width):
                 turned[i] = fill
                 if j + i < n:
+                    prefetch(rows.x + (first + j + i + PREFETCH_ROWS) * x_stride + left * size)
                     turned[i] = load_stored(
                         rows.x + (first + j + i) * x_stride + left * size, count, fill, call.storage)
                     if masks_columns:
@@ -514,7 +517,9 @@ cdef void run_masked_rows(
                 store_stored(rows[left + r].y, splat(get(<const vec*>targets[r], 0), logits), 1, call.storage)
             elif get(<const vec*>targets[r], 0) != get(<const vec*>targets[r], 0):
                 # Of a row that is not regular, the first result is NaN, or -inf as is a masked one's logarithm.
-                hide(targets[r], rows[left + r].mask, &call.mask_row, 0, n, 0.0 if call.function == SOFTMAX else -INFINITY)
+                hide(
+                    targets[r], rows[left + r].mask, &call.mask_row, 0, n,
+                    0.0 if call.function == SOFTMAX else -INFINITY)
         left += count
     if not of_sums:
         deliver_rows(call, rows, n_rows, 0, n, <const vec*>results, pitch)

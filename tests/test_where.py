@@ -295,3 +295,12 @@ def test_masked_masks(call):
 def test_by_keyword_only(call):
     with pytest.raises(TypeError, match="positional argument"):
         call(np.ones(3), None, None, False, False, None, np.ones(3, bool))
+
+
+@pytest.mark.parametrize("option", [{"where": True}, {"temperature": 2}, {"dtype": float}], ids=lambda o: next(iter(o)))
+def test_arrays_on_a_gpu_are_refused_by_name(function, call, option):
+    class OnDevice:
+        is_cuda = True
+
+    with pytest.raises(TypeError, match=f"{function} of an array on a CUDA device takes no {next(iter(option))}"):
+        call(OnDevice(), **option)
