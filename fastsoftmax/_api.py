@@ -5,13 +5,24 @@ No function here loops over data. What each returns for every kind of input is s
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastsoftmax import _dispatch
-from fastsoftmax._dispatch import BackendModule, Factors, Function, execute, is_on_gpu, select, select_on_gpu
+from fastsoftmax._dispatch import (
+    Adjustment,
+    BackendModule,
+    Factors,
+    Function,
+    execute,
+    execute_adjusted,
+    is_on_gpu,
+    select,
+    select_on_gpu,
+)
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 from fastsoftmax._outputs import empty_like
 
@@ -20,7 +31,14 @@ _FLOAT64 = np.dtype(np.float64)
 
 
 def softmax(
-    x: ArrayLike, axis: int | tuple[int, ...] | None = None, *, out: Array | None = None, backend: str | None = None
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = None,
+    *,
+    out: Array | None = None,
+    where: ArrayLike | None = None,
+    temperature: float = 1.0,
+    dtype: DTypeLike | None = None,
+    backend: str | None = None,
 ) -> Any:
     """Compute the softmax: ``exp(x) / sum(exp(x), axis)``.
 
@@ -34,6 +52,14 @@ def softmax(
         The axes over which the probabilities sum to 1. None, the default, means all of them, as in SciPy.
     out : ndarray, optional
         Where to write the result; it must have the shape of ``x`` and the dtype of the result. It may be ``x``.
+    where : array_like of bool, optional
+        Which elements count; it broadcasts to ``x``. The others are taken for -inf, whatever they are; their
+        probabilities are 0.
+    temperature : float, optional
+        What ``x`` is divided by before anything else: positive and finite. The quotients are not rounded.
+    dtype : dtype, optional
+        A floating or complex dtype: ``x`` is converted to it (float16 and bfloat16 are computed in float32), and the
+        result has it.
     backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
@@ -41,15 +67,16 @@ def softmax(
     -------
     ndarray or scalar
         Probabilities, in the shape and memory order of ``x``. Floating dtypes are kept; integers of 8, 16 and more
-        bits give float16, float32 and float64, computed in float64.
+        bits give float16, float32 and float64, computed in float64. Of a row where nothing counts, they are 0.
 
     Raises
     ------
     TypeError
-        If ``x`` does not hold numbers, or is a masked array; if ``axis`` is not made of integers; if ``out`` is not an
-        array of the result's dtype.
+        If ``x`` does not hold numbers, or ``where`` not bool; if ``axis`` is not made of integers; if ``temperature``
+        is not a number; if ``dtype`` is not floating or complex; if ``out`` is not an array of the result's dtype.
     ValueError
-        If ``out`` has the wrong shape or cannot be written; if an axis is repeated; if ``backend`` is unknown.
+        If ``where`` does not broadcast to ``x``; if ``temperature`` is not positive and finite; if ``out`` has the
+        wrong shape or cannot be written; if an axis is repeated; if ``backend`` is unknown.
     numpy.exceptions.AxisError
         If an axis is out of range.
     BackendUnavailableError
@@ -59,7 +86,8 @@ def softmax(
     -----
     The running maximum and sum are found in one pass (Milakov and Gimelshein, arXiv 1805.02867), with the maximum
     carried as an exponent of two (Dukhan and Ablavatski, arXiv 2001.04438), which makes rescaling exact. A row with a
-    NaN or +inf, or of nothing but -inf, is NaN throughout.
+    NaN or +inf, or of nothing but -inf, is NaN throughout, but for what ``where`` leaves out. A masked array counts as
+    ``where=~mask``, together with the ``where`` that is given.
 
     Examples
     --------
@@ -67,15 +95,26 @@ def softmax(
     >>> softmax([[0.0, 0.0], [1000.0, 0.0]], axis=1)
     array([[0.5, 0.5],
            [1. , 0. ]])
+    >>> softmax([2.0, 1.0, 9.0], where=[True, True, False], temperature=0.5).round(3)
+    array([0.881, 0.119, 0.   ])
     """
     direct = _dispatch.direct_calls
-    if direct is not None and (result := direct.direct_softmax(x, axis, out, backend)) is not None:
-        return result
-    return _map_rows("softmax", x, axis, out, backend)
+    if direct is not None:
+        result = direct.direct_softmax(x, axis, out, where, temperature, dtype, backend)
+        if result is not None:
+            return result
+    return _map_rows("softmax", x, axis, out, where, temperature, dtype, backend)
 
 
 def log_softmax(
-    x: ArrayLike, axis: int | tuple[int, ...] | None = None, *, out: Array | None = None, backend: str | None = None
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = None,
+    *,
+    out: Array | None = None,
+    where: ArrayLike | None = None,
+    temperature: float = 1.0,
+    dtype: DTypeLike | None = None,
+    backend: str | None = None,
 ) -> Any:
     """Compute the logarithm of the softmax: ``x - logsumexp(x, axis)``.
 
@@ -89,13 +128,22 @@ def log_softmax(
         The axes over which the probabilities sum to 1. None, the default, means all of them, as in SciPy.
     out : ndarray, optional
         Where to write the result; it must have the shape of ``x`` and the dtype of the result. It may be ``x``.
+    where : array_like of bool, optional
+        Which elements count; it broadcasts to ``x``. The others are taken for -inf, whatever they are; their
+        log-probabilities are -inf.
+    temperature : float, optional
+        What ``x`` is divided by before anything else: positive and finite. The quotients are not rounded.
+    dtype : dtype, optional
+        A floating or complex dtype: ``x`` is converted to it (float16 and bfloat16 are computed in float32), and the
+        result has it.
     backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
     Returns
     -------
     ndarray or scalar
-        Log-probabilities, in the shape and memory order of ``x``; dtypes as for `softmax`.
+        Log-probabilities, in the shape and memory order of ``x``; dtypes as for `softmax`. Of a row where nothing
+        counts, they are -inf.
 
     Raises
     ------
@@ -112,11 +160,15 @@ def log_softmax(
     >>> from fastsoftmax import log_softmax
     >>> log_softmax([1000.0, 0.0])
     array([    0., -1000.])
+    >>> log_softmax([1000.0, 0.0, 0.0], temperature=1000.0, where=[True, True, False]).round(3)
+    array([-0.313, -1.313,   -inf])
     """
     direct = _dispatch.direct_calls
-    if direct is not None and (result := direct.direct_log_softmax(x, axis, out, backend)) is not None:
-        return result
-    return _map_rows("log_softmax", x, axis, out, backend)
+    if direct is not None:
+        result = direct.direct_log_softmax(x, axis, out, where, temperature, dtype, backend)
+        if result is not None:
+            return result
+    return _map_rows("log_softmax", x, axis, out, where, temperature, dtype, backend)
 
 
 @overload
@@ -128,6 +180,9 @@ def logsumexp(
     return_sign: Literal[False] = ...,
     *,
     out: Array | None = ...,
+    where: ArrayLike | None = ...,
+    temperature: float = ...,
+    dtype: DTypeLike | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -139,6 +194,9 @@ def logsumexp(
     *,
     return_sign: Literal[True],
     out: Array | None = ...,
+    where: ArrayLike | None = ...,
+    temperature: float = ...,
+    dtype: DTypeLike | None = ...,
     backend: str | None = ...,
 ) -> tuple[Any, Any]: ...
 def logsumexp(
@@ -149,6 +207,9 @@ def logsumexp(
     return_sign: bool = False,
     *,
     out: Array | None = None,
+    where: ArrayLike | None = None,
+    temperature: float = 1.0,
+    dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> Any:
     """Compute the logarithm of the sum of exponentials: ``log(sum(b * exp(a), axis))``.
@@ -170,6 +231,13 @@ def logsumexp(
         Also return the sign of the sum, so that a negative sum has a real logarithm.
     out : ndarray, optional
         Where to write the result; it must have the shape and the dtype of the result.
+    where : array_like of bool, optional
+        Which elements count; it broadcasts to ``a``. The others are taken for -inf, whatever they are.
+    temperature : float, optional
+        What ``a`` is divided by before anything else: positive and finite. The quotients are not rounded.
+    dtype : dtype, optional
+        A floating or complex dtype: ``a`` is converted to it (float16 and bfloat16 are computed in float32), and the
+        result has it.
     backend : {"cython", "numba", "numpy", "cuda"}, optional
         Force a backend; by default the fastest that fits is chosen.
 
@@ -184,11 +252,12 @@ def logsumexp(
     Raises
     ------
     TypeError
-        If ``a`` or ``b`` does not hold numbers, or is a masked array; if ``axis`` is not made of integers; if ``out``
-        is not an array of the result's dtype.
+        If ``a`` or ``b`` does not hold numbers, or ``where`` not bool; if ``b`` is a masked array, or comes with a
+        ``temperature`` other than 1; if ``axis`` is not made of integers; if ``temperature`` is not a number; if
+        ``dtype`` is not floating or complex; if ``out`` is not an array of the result's dtype.
     ValueError
-        If ``a`` and ``b`` do not broadcast; if ``out`` has the wrong shape or cannot be written; if an axis is
-        repeated; if ``backend`` is unknown.
+        If ``a`` and ``b`` do not broadcast, or ``where`` to ``a``; if ``temperature`` is not positive and finite; if
+        ``out`` has the wrong shape or cannot be written; if an axis is repeated; if ``backend`` is unknown.
     numpy.exceptions.AxisError
         If an axis is out of range.
     BackendUnavailableError
@@ -205,30 +274,46 @@ def logsumexp(
     4.248354255291589e-18
     >>> logsumexp([1.0, 1.0], b=[1.0, -2.0], return_sign=True)
     (np.float64(1.0), np.float64(-1.0))
+    >>> float(logsumexp([0.0, 0.0, float("nan")], where=[True, True, False], temperature=2.0))
+    0.6931471805599453
     """
     direct = _dispatch.direct_calls
     if direct is not None and b is None and not (keepdims or return_sign):
-        result = direct.direct_logsumexp(a, axis, out, backend)
+        result = direct.direct_logsumexp(a, axis, out, where, temperature, dtype, backend)
         if result is not None:
             return result
     if not isinstance(a, np.ndarray) and is_on_gpu(a):
         if b is not None or return_sign:
             raise TypeError("logsumexp of an array on a CUDA device takes neither b nor return_sign")
+        _refuse_on_gpu("logsumexp", where, temperature, dtype)
         return select_on_gpu(backend).compute("logsumexp", a, axis, out, keepdims, name="a")
-    terms, factors = _numbers(a, "a"), None
-    working, dtype = _dtypes(terms.dtype, "logsumexp")
+    terms, mask = _numbers_and_mask(a, "a", where)
+    factors: Array | None = None
+    temperature = _check_temperature(temperature)
+    asked = None if dtype is None else _check_dtype(dtype, terms, "a")
+    working, result_dtype = _dtypes(terms.dtype if asked is None else asked, "logsumexp")
     if b is not None:
+        if temperature != 1:
+            raise TypeError(f"logsumexp with b takes no temperature, not {temperature!r}")
         factors = _numbers(b, "b")
-        working, dtype = _dtypes(_common_dtype("a", a, terms, "b", b, factors), "logsumexp")
+        if asked is None:
+            working, result_dtype = _dtypes(_common_dtype("a", a, terms, "b", b, factors), "logsumexp")
+        else:
+            _check_dtype(asked, factors, "b")
         terms, factors = _broadcast(readable(terms, working), readable(factors, working))
+        if mask is not None:
+            factors = np.where(_broadcast_mask(mask, terms.shape, "a"), factors, factors.dtype.type(0))
+            mask = None
     axes = normalize_axes(axis, terms.ndim)
+    working = _wide_enough(working, temperature)
     module = select(working, terms.size, backend)
-    if factors is None:
+    if factors is None and result_dtype == terms.dtype.newbyteorder("=") and working == _FLOAT32:
         working = _read_as(module, terms, working)
     shape = _reduced_shape(terms.shape, axes, keepdims)
-    log_dtype = np.empty(0, dtype).real.dtype if return_sign else dtype
+    log_dtype = np.empty(0, result_dtype).real.dtype if return_sign else result_dtype
     if out is not None:
         _check_out(out, shape, log_dtype)
+    adjustment = _adjustment(module, mask, temperature, out)
     log_sum, sign = _log_sums_with_signs(shape, working) if factors is not None and return_sign else (None, None)
     if log_sum is None:
         is_direct = out is not None and _is_writable_as(out, working) and not _shares_memory(out, terms, factors)
@@ -238,29 +323,45 @@ def logsumexp(
     else:
         data = readable(terms, working)
         rows = log_sum if keepdims else np.expand_dims(log_sum, axes) if terms.ndim else log_sum
-        layout = make_layout(data, axes, rows, factors)
-        if factors is None:
+        layout = make_layout(data, axes, rows, factors if adjustment is None else adjustment.mask)
+        if adjustment is not None:
+            execute_adjusted(module, "logsumexp", layout, data, rows, adjustment)
+        elif factors is None:
             execute(module, "logsumexp", layout, data, rows)
         else:
             execute(module, "weighted_logsumexp", layout, data, rows, factors=Factors(factors, sign))
     if not return_sign:
-        return _deliver(log_sum, out, dtype)
+        return _deliver(log_sum, out, result_dtype)
     if sign is None:
         sign = _sign_of_positive_sum(log_sum)
-    return _deliver(log_sum.real, out, log_dtype), _deliver(sign, None, dtype)
+    return _deliver(log_sum.real, out, log_dtype), _deliver(sign, None, result_dtype)
 
 
-def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, backend: str | None) -> Any:
+def _map_rows(
+    function: Function,
+    x: ArrayLike,
+    axis: Any,
+    out: Array | None,
+    where: ArrayLike | None,
+    temperature: float,
+    dtype: DTypeLike | None,
+    backend: str | None,
+) -> Any:
     """Run a function whose output has the shape of its input."""
     if not isinstance(x, np.ndarray) and is_on_gpu(x):
+        _refuse_on_gpu(function, where, temperature, dtype)
         return select_on_gpu(backend).compute(function, x, axis, out)
-    logits = _numbers(x, "x")
+    logits, mask = _numbers_and_mask(x, "x", where)
     axes = normalize_axes(axis, logits.ndim)
-    working, result = _dtypes(logits.dtype, function)
+    temperature = _check_temperature(temperature)
+    working, result = _dtypes(logits.dtype if dtype is None else _check_dtype(dtype, logits, "x"), function)
+    working = _wide_enough(working, temperature)
     module = select(working, logits.size, backend)
-    working = _read_as(module, logits, working)
+    if result == logits.dtype.newbyteorder("=") and working == _FLOAT32:
+        working = _read_as(module, logits, working)
     if out is not None:
         _check_out(out, logits.shape, result)
+    adjustment = _adjustment(module, mask, temperature, out)
     data = readable(logits, working)
     shared = out is not None and np.may_share_memory(data, out)
     in_place = out is not None and shared and _is_same_view(data, out)
@@ -268,9 +369,89 @@ def _map_rows(function: Function, x: ArrayLike, axis: Any, out: Array | None, ba
         target = out
     else:
         target, in_place = empty_like(logits, working), False
-    if target.size:
+    if target.size and adjustment is not None:
+        layout = make_layout(data, axes, target, adjustment.mask)
+        execute_adjusted(module, function, layout, data, target, adjustment)
+    elif target.size:
         execute(module, function, make_layout(data, axes, target), data, target, in_place)
     return _deliver(target, out, result)
+
+
+def _refuse_on_gpu(function: str, where: object, temperature: object, dtype: object) -> None:
+    given = {"where": where is not None, "temperature": temperature != 1, "dtype": dtype is not None}
+    for name, is_given in given.items():
+        if is_given:
+            raise TypeError(f"{function} of an array on a CUDA device takes no {name}")
+
+
+def _numbers_and_mask(value: ArrayLike, name: str, where: ArrayLike | None) -> tuple[Array, Array | None]:
+    """Return ``value`` as an array of numbers, and which of them count, in its shape; None if all do.
+
+    What a masked array masks does not count.
+    """
+    mask = None
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.getmask(value) is not np.ma.nomask:
+            mask = ~np.ma.getmaskarray(value)
+        value = value.data
+    array = _numbers(value, name)
+    if where is not None:
+        if isinstance(where, np.ma.MaskedArray):
+            raise TypeError("where must not be a masked array")
+        asked = np.asarray(where)
+        if asked.dtype != np.bool_:
+            raise TypeError(f"where must hold bool, not {asked.dtype}")
+        asked = _broadcast_mask(asked, array.shape, name)
+        mask = asked if mask is None else mask & asked
+    return array, mask
+
+
+def _broadcast_mask(mask: Array, shape: tuple[int, ...], name: str) -> Array:
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(f"where of shape {mask.shape} does not broadcast to {name} of shape {shape}") from None
+
+
+def _check_temperature(temperature: object) -> float:
+    if not isinstance(temperature, Real) or isinstance(temperature, bool):
+        raise TypeError(f"temperature must be a real number, not {temperature!r}")
+    try:
+        value = float(temperature)
+    except OverflowError:
+        value = np.inf
+    if not 0 < value < np.inf:
+        raise ValueError(f"temperature must be positive and finite, not {temperature!r}")
+    return value
+
+
+def _wide_enough(working: np.dtype[Any], temperature: float) -> np.dtype[Any]:
+    """Return the dtype in whose range quotients by a temperature can be taken apart."""
+    return _FLOAT64 if working == _FLOAT32 and not 2.0**-100 <= temperature <= 2.0**100 else working
+
+
+def _check_dtype(dtype: DTypeLike, x: Array, name: str) -> np.dtype[Any]:
+    """Return the dtype that is asked for, if numbers of ``x`` can be computed in it."""
+    try:
+        asked = np.dtype(dtype).newbyteorder("=")
+    except (TypeError, ValueError):
+        raise TypeError(f"dtype must be a floating or complex type, not {dtype!r}") from None
+    if not _is_inexact(asked):
+        raise TypeError(f"dtype must be a floating or complex type, not {asked}")
+    if x.dtype.kind == "c" and asked.kind != "c":
+        raise TypeError(f"dtype {asked} does not hold {name} of dtype {x.dtype}")
+    return asked
+
+
+def _adjustment(module: BackendModule, mask: Array | None, temperature: float, out: Array | None) -> Adjustment | None:
+    """Return what a backend has to do to the elements, or None; refuse the backend that cannot."""
+    if mask is None and temperature == 1:
+        return None
+    if not hasattr(module, "run_adjusted"):
+        raise TypeError(f"backend 'cuda' takes no {'where' if mask is not None else 'temperature'}")
+    if mask is not None and out is not None and np.may_share_memory(mask, out):
+        mask = mask.copy()
+    return Adjustment(mask, temperature)
 
 
 def _common_dtype(a_name: str, a: ArrayLike, terms: Array, b_name: str, b: ArrayLike, factors: Array) -> np.dtype[Any]:
@@ -320,10 +501,14 @@ def _numbers(value: ArrayLike, name: str) -> Array:
     if not isinstance(value, np.ndarray) and is_on_gpu(value):
         raise TypeError(f"{name} is on a CUDA device, where this is not computed with it: copy it to main memory first")
     array = np.asarray(value)
-    is_float = (array.dtype.kind == "f" and array.dtype.itemsize > 1) or array.dtype.name == "bfloat16"  # no float8
-    if not is_float and array.dtype.kind not in "iubc":
+    if array.dtype.kind not in "iub" and not _is_inexact(array.dtype):
         raise TypeError(f"{name} must hold numbers, not {array.dtype}")
     return array
+
+
+def _is_inexact(dtype: np.dtype[Any]) -> bool:
+    """Whether it is a floating or complex dtype that is computed in; those of 8 bits are not."""
+    return (dtype.kind in "fc" and dtype.itemsize > 1) or dtype.name == "bfloat16"
 
 
 def _dtypes(dtype: np.dtype[Any], function: Function) -> tuple[np.dtype[Any], np.dtype[Any]]:

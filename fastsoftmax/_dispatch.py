@@ -107,6 +107,22 @@ class CrossEntropy(NamedTuple):
     softcap: float
 
 
+class Adjustment(NamedTuple):
+    """What is done to the elements of a row before anything else.
+
+    Parameters
+    ----------
+    mask : ndarray or None
+        Of bool, in the shape of the input: which elements count. The others are taken for -inf, whatever they are, and
+        their own results are 0 and -inf, whatever the row.
+    temperature : float
+        Positive and finite. Elements are divided by it, without rounding.
+    """
+
+    mask: Array | None
+    temperature: float
+
+
 class Truncation(NamedTuple):
     """From which elements of a row is drawn.
 
@@ -134,9 +150,11 @@ class BackendModule(Protocol):
 
     READS: frozenset[str]
 
-    def plan(self, function: Function, layout: Layout, in_place: bool) -> Plan: ...
+    def plan(self, function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan: ...
 
     def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
+
+    def run_adjusted(self, plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None: ...
 
     def run_cross_entropy(
         self, plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
@@ -158,11 +176,38 @@ class BackendModule(Protocol):
 class DirectCalls(Protocol):
     """What the compiled backend offers for the most usual calls: each returns None if the call is not one of them."""
 
-    def direct_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+    def direct_softmax(
+        self,
+        x: object,
+        axis: object,
+        out: object,
+        where: object,
+        temperature: object,
+        dtype: object,
+        backend: object,
+    ) -> Array | None: ...
 
-    def direct_log_softmax(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+    def direct_log_softmax(
+        self,
+        x: object,
+        axis: object,
+        out: object,
+        where: object,
+        temperature: object,
+        dtype: object,
+        backend: object,
+    ) -> Array | None: ...
 
-    def direct_logsumexp(self, x: object, axis: object, out: object, backend: object) -> Array | None: ...
+    def direct_logsumexp(
+        self,
+        x: object,
+        axis: object,
+        out: object,
+        where: object,
+        temperature: object,
+        dtype: object,
+        backend: object,
+    ) -> Array | None: ...
 
     def direct_softmax_vjp(self, p: object, g: object, axis: object, out: object, backend: object) -> Array | None: ...
 
@@ -451,6 +496,16 @@ def execute(
     """Plan one call, run it, and tell the recorder, if there is one, what served it."""
     plan = module.plan(function, layout, in_place)
     module.run(plan, layout, x, out, factors)
+    if (plans := choices.get().plans) is not None:
+        plans.append(plan)
+
+
+def execute_adjusted(
+    module: BackendModule, function: Function, layout: Layout, x: Array, out: Array, adjustment: Adjustment
+) -> None:
+    """`execute` for rows with a mask or a temperature."""
+    plan = module.plan(function, layout, out is x, is_adjusted=True)
+    module.run_adjusted(plan, layout, x, out, adjustment)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)
 

@@ -412,3 +412,21 @@ def weighted_logsumexp(state: WeightedState) -> tuple[float, float]:
     result, error = two_sum(state.a, math.log(abs(state.b)))
     result, last_error = two_sum(result, log_ratio)
     return result + (error + last_error), math.copysign(1.0, total)
+
+
+def scaled_temperature(temperature: float) -> tuple[float, float, float]:
+    """Return t, shrink and grow with ``x / temperature = ((x * shrink) * grow) / t``; the latter are powers of two.
+
+    A temperature of 1 and more has a ``shrink`` of at most 1/2, so that the difference of two numbers times it does not
+    overflow; that of others overflows only if its quotient does.
+    """
+    t, exponent = math.frexp(temperature)
+    shift = min(max(-exponent, -1000), 1000)
+    return math.ldexp(t, exponent + shift), math.ldexp(1.0, min(shift, 0)), math.ldexp(1.0, max(shift, 0))
+
+
+def inverse_in_parts(t: float) -> tuple[float, float]:
+    """1 / t in two parts."""
+    inverse = 1.0 / t
+    product = inverse * t
+    return inverse, ((1.0 - product) - product_error(inverse, t, product)) / t

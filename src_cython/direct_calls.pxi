@@ -65,17 +65,23 @@ def forget_schedules():
 
 
 @cython.binding(False)
-def direct_softmax(x, axis, out, backend):
+def direct_softmax(x, axis, out, where, temperature, dtype, backend):
+    if where is not None or dtype is not None or not is_one(temperature):
+        return None
     return direct_call(SOFTMAX, x, axis, out, backend, None)
 
 
 @cython.binding(False)
-def direct_log_softmax(x, axis, out, backend):
+def direct_log_softmax(x, axis, out, where, temperature, dtype, backend):
+    if where is not None or dtype is not None or not is_one(temperature):
+        return None
     return direct_call(LOG_SOFTMAX, x, axis, out, backend, None)
 
 
 @cython.binding(False)
-def direct_logsumexp(x, axis, out, backend):
+def direct_logsumexp(x, axis, out, where, temperature, dtype, backend):
+    if where is not None or dtype is not None or not is_one(temperature):
+        return None
     return direct_call(LOGSUMEXP, x, axis, out, backend, None)
 
 
@@ -157,6 +163,10 @@ cdef inline object direct_call(
     if target_ndim == 0 and out is None:
         return cnp.PyArray_ToScalar(cnp.PyArray_DATA(target), target)
     return target
+
+
+cdef inline bint is_one(object temperature) noexcept:
+    return type(temperature) is float and <double>temperature == 1.0 or type(temperature) is int and temperature == 1
 
 
 cdef inline bint is_plain(object array, bint writeable) noexcept:

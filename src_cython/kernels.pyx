@@ -262,6 +262,7 @@ cdef inline void run_row(
 include "direct_calls.pxi"
 include "derivatives.pxi"
 include "cross_entropy.pxi"
+include "adjusted.pxi"
 include "best.pxi"
 include "bands.pxi"
 include "streaming.pxi"

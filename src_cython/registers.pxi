@@ -47,6 +47,8 @@ cdef extern from "simd.h" nogil:
     f64v f64v_binary_exponent(f64v v)
     f32v f32v_where_at_most(f32v a, f32v b, f32v x, f32v y)
     f64v f64v_where_at_most(f64v a, f64v b, f64v x, f64v y)
+    f32v f32v_where_true(const char* p, int count, f32v v, f32v fill)
+    f64v f64v_where_true(const char* p, int count, f64v v, f64v fill)
     f32v f32v_where_nonzero(f32v p, f32v v)
     f64v f64v_where_nonzero(f64v p, f64v v)
     f32v f32v_swap(f32v v, unsigned distance)
@@ -251,6 +253,14 @@ cdef inline vec where_nonzero(vec p, vec v) noexcept nogil:
         return f32v_where_nonzero(p, v)
     else:
         return f64v_where_nonzero(p, v)
+
+
+cdef inline vec where_true(const char* p, int count, vec v, vec fill) noexcept nogil:
+    """v where a byte of the `count` at `p` is not 0; `fill` where it is, and in the lanes behind them."""
+    if vec is f32v:
+        return f32v_where_true(p, count, v, fill)
+    else:
+        return f64v_where_true(p, count, v, fill)
 
 
 cdef inline vec swap(vec v, int distance) noexcept nogil:

@@ -11,30 +11,31 @@ from ml_dtypes import finfo
 LONG = np.longdouble
 
 
-def exact(function, x, axis=None):
-    """Return softmax, log_softmax or logsumexp of real ``x`` in long double; logsumexp keeps its axes."""
-    x = np.asarray(x, LONG)
+def exact(function, x, axis=None, temperature=1):
+    """Return softmax, log_softmax or logsumexp of real ``x / temperature`` in long double; logsumexp keeps its axes."""
+    x, temperature = np.asarray(x, LONG), LONG(temperature)
     if axis == ():
         x, axis = x[..., np.newaxis], -1
-        return exact(function, x, axis)[..., 0]
+        return exact(function, x, axis, temperature)[..., 0]
     maximum = x.max(axis, keepdims=True)
     with np.errstate(all="ignore"):
-        difference, error = _difference(x, maximum)
+        difference, error = (part / temperature for part in _difference(x, maximum))
         terms = np.exp(difference) * (1 + error)
         if function == "softmax":
             return terms / terms.sum(axis, keepdims=True)
         log_sum = _log_sum(x, terms, maximum, axis)
-        return maximum + log_sum if function == "logsumexp" else difference - log_sum + error
+        return maximum / temperature + log_sum if function == "logsumexp" else difference - log_sum + error
 
 
-def summand_scale(x, axis=None):
+def summand_scale(x, axis=None, temperature=1):
     """Return the largest of maximum, log(sum) and their sum, logsumexp, of each row: the sum may cancel."""
     x = np.asarray(x, LONG)
     if axis == ():
-        return abs(x)
+        return abs(x / temperature)
     maximum = x.max(axis, keepdims=True)
     with np.errstate(invalid="ignore"):
-        log_sum = exact("logsumexp", x - maximum, axis)
+        log_sum = exact("logsumexp", x - maximum, axis, temperature)
+        maximum = maximum / LONG(temperature)
         return np.maximum(np.maximum(abs(maximum), abs(log_sum)), abs(maximum + log_sum))
 
 
@@ -79,10 +80,10 @@ def max_ulp_error(actual, exact_value, scale=None):
     return float(ulps(actual, exact_value, scale).max(initial=0.0))
 
 
-def error_of(function, actual, x, axis=None):
+def error_of(function, actual, x, axis=None, temperature=1):
     """Return the largest error of a result in ULP: of the result itself, for logsumexp of the larger summand."""
-    value = exact(function, x, axis)
+    value = exact(function, x, axis, temperature)
     if function != "logsumexp":
         assert np.shape(actual) == value.shape
         return max_ulp_error(actual, value)
-    return max_ulp_error(np.reshape(actual, value.shape), value, summand_scale(x, axis))
+    return max_ulp_error(np.reshape(actual, value.shape), value, summand_scale(x, axis, temperature))

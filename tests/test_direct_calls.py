@@ -29,8 +29,9 @@ def tier(request):
 def direct(function):
     """The function's direct calls: what they return, or None."""
 
-    def call(x, axis=None, out=None, backend=None):
-        return getattr(_dispatch.direct_calls, f"direct_{function}")(x, axis, out, backend)
+    def call(x, axis=None, out=None, backend=None, *, where=None, temperature=1.0, dtype=None):
+        serve = getattr(_dispatch.direct_calls, f"direct_{function}")
+        return serve(x, axis, out, where, temperature, dtype, backend)
 
     return call
 
@@ -193,13 +194,13 @@ def test_outs_that_are_left_to_the_general_way(tier, direct, case):
 
 @pytest.mark.parametrize("offset", [1, 4, 8])
 def test_overlapping_outs_are_left_to_the_general_way(tier, offset):
-    assert _dispatch.direct_calls.direct_softmax(*shared(offset), None) is None
+    assert _dispatch.direct_calls.direct_softmax(*shared(offset), None, 1.0, None, None) is None
 
 
 def test_read_only_outs_are_left_to_the_general_way(tier):
     out = np.empty_like(X)
     out.flags.writeable = False
-    assert _dispatch.direct_calls.direct_softmax(X, 1, out, None) is None
+    assert _dispatch.direct_calls.direct_softmax(X, 1, out, None, 1.0, None, None) is None
 
 
 def test_other_choices_are_left_to_the_general_way(direct):
@@ -214,6 +215,15 @@ def test_other_choices_are_left_to_the_general_way(direct):
         assert direct(X, backend="cython") is not None
         with use_backend("cython"):
             assert direct(X) is not None
+
+
+@pytest.mark.parametrize(
+    "options", [{"where": True}, {"temperature": 0.5}, {"temperature": np.float64(1)}, {"dtype": float}], ids=str
+)
+def test_options_are_left_to_the_general_way(direct, options):
+    with use_backend("cython"):
+        assert direct(X, temperature=1) is not None
+        assert direct(X, **options) is None
 
 
 def test_no_reference_is_kept_or_lost(tier, direct):

@@ -19,6 +19,7 @@ from fastsoftmax._dispatch import (
     BANDED,
     CROSS_ENTROPIES,
     VJPS,
+    Adjustment,
     CrossEntropy,
     Factors,
     ForcedTierError,
@@ -138,12 +139,14 @@ def kernel_addresses() -> dict[tuple[str, str], int]:
     return addresses
 
 
-def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
-    return Plan(function, "cython", _tier, _choose_schedule(function, layout, in_place))
+def plan(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan:
+    return Plan(function, "cython", _tier, _choose_schedule(function, layout, in_place, is_adjusted))
 
 
-def _choose_schedule(function: Function, layout: Layout, in_place: bool) -> Schedule:
+def _choose_schedule(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Schedule:
     max_threads = _schedule.max_threads() if layout.size >= 2 * _MIN_ELEMENTS_PER_THREAD else 1
+    if is_adjusted:
+        return _make_adjusted_schedule(function, layout, max_threads)
     return make_schedule(function, layout, in_place, max_threads)
 
 
@@ -235,6 +238,31 @@ def _make_vjp_schedule(function: Function, layout: Layout, in_place: bool, max_t
     return Schedule(traversal, "none", streaming, min(n_threads, n_blocks), n_blocks)
 
 
+@lru_cache(maxsize=1024)
+def _make_adjusted_schedule(function: Function, layout: Layout, max_threads: int) -> Schedule:
+    """Choose the traversal of rows with a mask or a temperature: panels of adjacent ones, or one after the other."""
+    n_bytes, itemsize = layout.size * layout.itemsize, max(layout.itemsize, 4)
+    n_threads = max(1, min(layout.size // _MIN_ELEMENTS_PER_THREAD, max_threads))
+    n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
+    traversal: Traversal = "gather"
+    n_units = layout.n_rows
+    if layout.has_adjacent_rows and not layout.has_contiguous_rows:
+        traversal = "strips"
+        inner = layout.kept[-1].size
+        n_units = layout.n_rows // inner * -(-inner // _kernels.panel_columns(layout.n_cols, layout.itemsize))
+    streaming = (
+        function != "logsumexp"
+        and layout.has_contiguous_rows
+        and layout.itemsize > 2
+        and 2 * n_bytes > _schedule.cache_sizes().last_level
+    )
+    exponentials: Exponentials = "none"
+    if function == "softmax":
+        exponentials = "scratch" if layout.n_cols * itemsize <= _kernels.chunk_bytes else "recompute"
+    n_blocks = min(n_blocks, n_units)
+    return Schedule(traversal, exponentials, streaming, min(n_threads, n_blocks), n_blocks)
+
+
 def _make_cross_entropy_schedule(
     function: Function, layout: Layout, in_place: bool, n_threads: int, n_blocks: int
 ) -> Schedule:
@@ -288,6 +316,24 @@ def run_cross_entropy(
         terms.scale,
         terms.z_scale,
         terms.softcap,
+        schedule.n_blocks,
+        schedule.n_threads,
+    )
+
+
+def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None:
+    schedule = plan.schedule
+    _kernels.run_adjusted(
+        _FUNCTIONS[plan.function],
+        _TRAVERSALS[schedule.traversal],
+        schedule.streaming,
+        _STORAGES[x.dtype.name],
+        layout.kept,
+        layout.reduced,
+        x,
+        adjustment.mask,
+        adjustment.temperature,
+        out,
         schedule.n_blocks,
         schedule.n_threads,
     )

@@ -4,7 +4,8 @@ It is the reference of the package and computes what no kernel does (long double
 of the size of its input.
 
 Rounding ``x - m`` is what costs the usual NumPy expression 65 ULP in float32 and 512 in float64. Here float32 is
-computed in float64, and wider types keep the rounding error ``r`` of the subtraction: exp(x - m) = exp(s) * (1 + r).
+computed in float64, and wider types keep the rounding error ``r`` of the subtraction, and of its division by a
+temperature: exp((x - m) / T) = exp(q) * (1 + r).
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from fastsoftmax import _state
-from fastsoftmax._dispatch import VJPS, CrossEntropy, Factors, Function, Plan, Truncation
+from fastsoftmax._dispatch import VJPS, Adjustment, CrossEntropy, Factors, Function, Plan, Truncation
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
+from fastsoftmax._state import scaled_temperature
 
 READS: frozenset[str] = frozenset()
 
 _SCHEDULE = Schedule("array", "none")
 
 
-def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
+def plan(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan:
     return Plan(function, "numpy", None, _SCHEDULE)
 
 
@@ -46,6 +48,21 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
             _write(logsumexp_rows(rows), out, layout.kept)
         else:
             _write(_MAP_ROWS[plan.function](rows), out, dimensions)
+
+
+def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None:
+    dimensions = layout.kept + layout.reduced
+    with np.errstate(all="ignore"):
+        rows, mask = _rows(x, layout, [d.x_stride for d in dimensions]), None
+        if adjustment.mask is not None:
+            mask = _rows(adjustment.mask, layout, [d.b_stride for d in dimensions])
+            rows = np.where(mask, rows, rows.dtype.type(-np.inf))
+        if plan.function == "logsumexp":
+            _write(logsumexp_rows(rows, adjustment.temperature), out, layout.kept)
+            return
+        rows_of, masked = (softmax_rows, 0) if plan.function == "softmax" else (log_softmax_rows, -np.inf)
+        result = rows_of(rows, adjustment.temperature)
+        _write(result if mask is None else np.where(mask, result, masked), out, dimensions)
 
 
 def run_cross_entropy(
@@ -122,10 +139,10 @@ def _write(result: Array, out: Array, dimensions: tuple[Dimension, ...]) -> None
     as_strided(out, shape, strides)[...] = result.reshape(shape)
 
 
-def softmax_rows(rows: Array) -> Array:
+def softmax_rows(rows: Array, temperature: float = 1.0) -> Array:
     """Softmax over the last axis."""
     maximum = _maximum(rows)
-    terms = _exp_difference(rows, maximum)
+    terms = _exp(*_quotients(rows, maximum, temperature))
     if np.iscomplexobj(rows):
         total = terms.sum(axis=-1, keepdims=True)
     else:
@@ -134,17 +151,19 @@ def softmax_rows(rows: Array) -> Array:
     return terms
 
 
-def log_softmax_rows(rows: Array) -> Array:
+def log_softmax_rows(rows: Array, temperature: float = 1.0) -> Array:
     """Log-softmax over the last axis."""
     maximum = _maximum(rows)
-    result: Array = (rows - maximum) - _log_sum(rows, maximum)
+    quotients, residuals = _quotients(rows, maximum, temperature)
+    result: Array = (quotients - _log_sum(rows, maximum, quotients, residuals)) + residuals
     return result
 
 
-def logsumexp_rows(rows: Array) -> Array:
+def logsumexp_rows(rows: Array, temperature: float = 1.0) -> Array:
     """Logsumexp over the last axis."""
     maximum = _maximum(rows)
-    result: Array = (maximum + _log_sum(rows, maximum))[..., 0]
+    log_sum = _log_sum(rows, maximum, *_quotients(rows, maximum, temperature))
+    result: Array = (maximum / temperature + log_sum)[..., 0]
     return result
 
 
@@ -216,20 +235,47 @@ def _maximum(rows: Array) -> Array:
     return maximum
 
 
-def _exp_difference(rows: Array, maximum: Array) -> Array:
-    """Return exp(rows - maximum) without the rounding error of the subtraction."""
+def _quotients(rows: Array, maximum: Array, temperature: float) -> tuple[Array, Array]:
+    """Return (rows - maximum) / temperature, and what rounding took from it where that is finite."""
+    t, shrink, grow = (1.0, 1.0, 1.0) if temperature == 1 else scaled_temperature(temperature)
+    rows, maximum = rows * shrink, maximum * shrink
     difference = rows - maximum
-    terms: Array = np.exp(difference)
-    if not np.iscomplexobj(rows):
-        other = difference - rows  # Knuth's TwoSum: (rows - (difference - other)) - (maximum + other) is the error
-        residual = (rows - (difference - other)) - (maximum + other)
-        np.add(terms, terms * residual, out=terms, where=np.isfinite(residual))
+    if np.iscomplexobj(rows):
+        return difference * grow / t, np.zeros((), rows.real.dtype)
+    other = difference - rows  # Knuth's TwoSum: (rows - (difference - other)) - (maximum + other) is the error
+    residual = ((rows - (difference - other)) - (maximum + other)) * grow
+    difference = difference * grow
+    quotients = difference / t
+    if t != 1:
+        residual = (residual - _product_minus(quotients, t, difference)) / t
+    return quotients, np.where(np.isfinite(residual), residual, 0)
+
+
+def _product_minus(a: Array, b: float, c: Array) -> Array:
+    """Return a * b - c, exactly, where the product is near c (Dekker)."""
+    splitter = a.dtype.type(2.0 ** (np.finfo(a.dtype).nmant // 2 + 1) + 1)
+    a_high = a * splitter - (a * splitter - a)
+    b_high = b * splitter - (b * splitter - b)
+    a_low, b_low = a - a_high, b - b_high
+    result: Array = ((a_high * b_high - c) + a_high * b_low + a_low * b_high) + a_low * b_low
+    return result
+
+
+def _exp(quotients: Array, residuals: Array) -> Array:
+    terms: Array = np.exp(quotients)
+    # Far below zero a residual may be as large as anything.
+    terms += terms * np.where(terms.real > 0, residuals, 0)
     return terms
 
 
-def _log_sum(rows: Array, maximum: Array) -> Array:
-    """Return log(sum(exp(rows - maximum))); 0 where the maximum is infinite, so that it alone decides."""
-    terms = _exp_difference(rows, maximum)
+def _exp_difference(rows: Array, maximum: Array) -> Array:
+    """Return exp(rows - maximum) without the rounding error of the subtraction."""
+    return _exp(*_quotients(rows, maximum, 1.0))
+
+
+def _log_sum(rows: Array, maximum: Array, quotients: Array, residuals: Array) -> Array:
+    """Return log(sum(exp(quotients))); 0 where the maximum is infinite, so that it alone decides."""
+    terms = _exp(quotients, residuals)
     if np.iscomplexobj(rows):
         total = np.log(terms.sum(axis=-1, keepdims=True))
     else:

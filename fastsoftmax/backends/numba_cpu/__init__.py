@@ -3,8 +3,9 @@
 It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors,
 `terms` has the exponentials, `rows` and `tiles` the traversals, `streaming` the states that outlive a call. The others
 are loops over scalars, computed in float64 with the functions of `scalars`: `weighted` for sums with factors,
-`derivatives` for vector-Jacobian products, `cross_entropy`, and `selection` for the largest and for random draws. The
-states of parts of a row merge by the functions of `fastsoftmax._state`.
+`adjusted` for rows with a mask or a temperature, `derivatives` for vector-Jacobian products, `cross_entropy`, and
+`selection` for the largest and for random draws. The states of parts of a row merge by the functions of
+`fastsoftmax._state`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,23 @@ except ImportError as error:
     raise ImportError(f"the numba backend needs the numba package: {error}") from error
 
 from fastsoftmax import _schedule, _state
-from fastsoftmax._dispatch import BANDED, CROSS_ENTROPIES, VJPS, CrossEntropy, Factors, Function, Plan, Truncation
+from fastsoftmax._dispatch import (
+    BANDED,
+    CROSS_ENTROPIES,
+    VJPS,
+    Adjustment,
+    CrossEntropy,
+    Factors,
+    Function,
+    Plan,
+    Truncation,
+)
 from fastsoftmax._executor import run_blocks
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
+from fastsoftmax._state import inverse_in_parts, scaled_temperature
 
-from . import cross_entropy, derivatives, rows, selection, streaming, tiles
+from . import adjusted, cross_entropy, derivatives, rows, selection, streaming, tiles
 from .weighted import BYTES_OF_WEIGHTED, run_weighted
 
 READS: frozenset[str] = frozenset()
@@ -61,9 +73,23 @@ MAX_TILE_COLS = {4: 64, 8: 48}
 MIN_TILE_ROWS = 16
 
 
-def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
+def plan(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan:
     max_threads = _schedule.max_threads() if layout.size >= 2 * MIN_ELEMENTS_PER_THREAD else 1
+    if is_adjusted:
+        return _make_adjusted_plan(function, layout, max_threads)
     return _make_plan(function, layout, in_place, max_threads)
+
+
+@lru_cache(maxsize=1024)
+def _make_adjusted_plan(function: Function, layout: Layout, max_threads: int) -> Plan:
+    """Choose strips of adjacent rows, or one row after the other, for rows with a mask or a temperature."""
+    is_strips = layout.has_adjacent_rows and not layout.has_contiguous_rows
+    n_units = _count_strips(layout) if is_strips else layout.n_rows
+    n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
+    n_blocks = 1 if n_threads == 1 else min(n_units, n_threads * BLOCKS_PER_THREAD)
+    exponentials: Exponentials = "recompute" if function == "softmax" else "none"
+    traversal: Traversal = "strips" if is_strips else "gather"
+    return Plan(function, "numba", None, Schedule(traversal, exponentials, False, min(n_threads, n_blocks), n_blocks))
 
 
 @lru_cache(maxsize=1024)
@@ -226,6 +252,31 @@ def _run_vjp(plan: Plan, layout: Layout, x: Array, g: Array, out: Array) -> None
     if plan.function == "logsumexp_vjp":
         run(replace(plan, function="softmax"), layout, x, out, None)
     _in_blocks(scale_units if plan.function == "logsumexp_vjp" else run_units, n_units, schedule)
+
+
+def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None:
+    columns, n_units = 1, layout.n_rows
+    if plan.schedule.traversal == "strips":
+        columns, n_units = tiles.STRIP_BYTES // layout.itemsize, _count_strips(layout)
+    dimensions = layout.kept + layout.reduced
+    of_mask = tuple(d._replace(x_stride=d.b_stride) for d in dimensions)
+    tables = np.concatenate([_tables(dimensions, layout.itemsize), _tables(of_mask, 1)])
+    t, shrink, grow = scaled_temperature(adjustment.temperature)
+    arguments = (
+        _LIKE[layout.itemsize],
+        _FUNCTIONS[plan.function],
+        columns,
+        *map(_address, (x, adjustment.mask, out)),
+        *(tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols),
+        adjustment.temperature,
+        (shrink, grow, *inverse_in_parts(t)),
+    )
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(adjusted.BYTES_OF_ADJUSTED)
+        adjusted.run_adjusted(*arguments, first, end, scratch)
+
+    _in_blocks(run_units, n_units, plan.schedule)
 
 
 def run_cross_entropy(

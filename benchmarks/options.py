@@ -1,0 +1,46 @@
+"""How much longer does a call take with ``where=``, ``temperature=`` or ``dtype=``, and than by hand?"""
+
+import numpy as np
+
+import fastsoftmax
+from fastsoftmax._bench import parse_case
+
+TEMPERATURE = 0.7
+
+
+def by_hand(function, x, axis, out, where=None, temperature=1.0):
+    """What one would write without them: a temporary for each."""
+    logits = x if where is None else np.where(where, x, x.dtype.type(-np.inf))
+    return function(logits if temperature == 1 else logits / x.dtype.type(temperature), axis, out=out)
+
+
+class Options:
+    params = (
+        ["softmax", "log_softmax"],
+        ["10", "1024x1024", "8192x4096", "4096x4096@0"],
+        ["none", "where", "temperature", "where and temperature", "where by hand", "temperature by hand"],
+        ["cython", "numba", "numpy"],
+    )
+    param_names = ("function", "shape", "options", "backend")
+    repeat = (2, 10, 0.5)
+    warmup_time = 0.05
+
+    def setup(self, function, shape, options, backend):
+        case = parse_case(shape, "float32")
+        self.x, self.axis = case.data(), case.axis
+        self.out, self.function = np.empty_like(self.x), getattr(fastsoftmax, function)
+        self.options = {}
+        if "where" in options:
+            self.options["where"] = np.random.default_rng(1).random(self.x.shape) < 0.8
+        if "temperature" in options:
+            self.options["temperature"] = TEMPERATURE
+        self.is_by_hand = options.endswith("by hand")
+        self.backend = backend
+        self.time_call(function, shape, options, backend)
+
+    def time_call(self, function, shape, options, backend):
+        with fastsoftmax.use_backend(self.backend):
+            if self.is_by_hand:
+                by_hand(self.function, self.x, self.axis, self.out, **self.options)
+            else:
+                self.function(self.x, self.axis, out=self.out, **self.options)
