@@ -113,4 +113,4 @@ def softmax_one(
     """
     values = _numbers(x, "x")
     select_for("softmax_one", _dtypes(values.dtype, "softmax")[0], values.size, backend)
-    return _map_rows("softmax_one", values, axis, out, backend)
+    return _map_rows("softmax_one", values, axis, out, None, 1.0, None, backend)

@@ -25,7 +25,7 @@ from .rows import (
     count_chunks,
     distribute,
     fold_chunks,
-    lane_maxima,
+    lane_extremes,
     make_work,
     merge_states,
     offset_of,
@@ -65,7 +65,7 @@ def fold_into(function, total, x, at, n, reduced, n_reduced, scratch, work):
 @inline
 def largest_of(x, at, n):
     largest = -math.inf
-    tops = lane_maxima(x, at, n)
+    tops, _ = lane_extremes(x, at, n)
     for i in range(lanes_in(tops)):
         largest = max(largest, np.float64(lane(tops, i)))
     return largest
