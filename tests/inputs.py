@@ -125,9 +125,12 @@ LAYOUTS = WRITABLE_LAYOUTS | {
 }
 
 
+class _UnreadInterface(dict):
+    def __getitem__(self, key):
+        raise AssertionError("the memory of a device was asked for")
+
+
 class OnDevice:
     """What says of itself that it is on a CUDA device, and must not be asked for more."""
 
-    @property
-    def __cuda_array_interface__(self):
-        raise AssertionError("the memory of a device was asked for")
+    __cuda_array_interface__ = _UnreadInterface()
