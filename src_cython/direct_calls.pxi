@@ -211,7 +211,8 @@ cdef inline Remembered* schedule_of(const Shape* shape) except NULL:
     """The schedule for a shape; Python is asked for it once for each number of threads."""
     cdef size_t mixed = <size_t>shape.outer * 0x9E3779B1u + <size_t>shape.n
     mixed = (mixed * 0x9E3779B1u + <size_t>shape.inner) * 16 + <size_t>shape.function * 2 + shape.in_place
-    mixed = mixed * 512 + <size_t>shape.type_number
+    # Two bits for the type: what is multiplied further up is not in the place, so that functions would share it.
+    mixed = mixed * 4 + (3 if shape.type_number == cnp.NPY_FLOAT64 else <size_t>storage_of_type(shape.type_number))
     cdef Remembered* place = &remembered[(mixed ^ (mixed >> 16)) % REMEMBERED]
     if shape.outer * shape.n * shape.inner > SMALL_SIZE:
         forget_if_threads_changed()

@@ -130,6 +130,23 @@ def test_the_schedule_is_that_of_the_general_way(tier, function, direct, general
         assert plans[0].schedule == chosen[0]
 
 
+def test_functions_and_dtypes_of_a_shape_are_remembered_together(tier, monkeypatch):
+    chosen, make_schedule = [], compiled.make_schedule
+
+    def choose(*arguments):
+        chosen.append(arguments)
+        return make_schedule(*arguments)
+
+    monkeypatch.setattr(compiled, "make_schedule", choose)
+    _dispatch.direct_calls.forget_schedules()
+    for _ in range(2):
+        for dtype in (np.float16, np.float32, np.float64):
+            x = np.zeros((4, 10), dtype)
+            for compute in (fastsoftmax.softmax, fastsoftmax.log_softmax, fastsoftmax.logsumexp):
+                compute(x, 1)
+    assert len(chosen) == 9
+
+
 def test_a_bad_number_of_threads(tier, direct, monkeypatch):
     x = np.zeros(10**6)
     monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "many")
