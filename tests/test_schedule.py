@@ -66,6 +66,15 @@ def test_cache_sizes_where_the_system_does_not_tell(monkeypatch):
     assert (caches.private, caches.last_level) == (512 * 1024, 8 * 1024 * 1024)
 
 
+def test_a_last_level_that_many_cores_share_counts_in_part(monkeypatch, tmp_path):
+    for level, size in ((2, 2), (3, 480)):
+        (index := tmp_path / f"index{level}").mkdir()
+        for name, text in (("type", "Unified"), ("level", f"{level}"), ("size", f"{size * 1024}K")):
+            (index / name).write_text(text)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: tmp_path.iterdir())
+    assert cache_sizes.__wrapped__() == Caches(2 * 1024 * 1024, 64 * 1024 * 1024)
+
+
 # The choice of the compiled backend
 
 
