@@ -109,11 +109,11 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(40, 1000), False, Schedule("rows", "output")),
         ("log_softmax", contiguous_rows(40, 1000), False, Schedule("rows", "none")),
         ("logsumexp", contiguous_rows(40, 1000), False, Schedule("rows", "none")),
-        ("softmax", contiguous_rows(16, 80), False, Schedule("tiles", "scratch")),
-        ("softmax", contiguous_rows(15, 80), False, Schedule("rows", "output")),
-        ("softmax", contiguous_rows(16, 81), False, Schedule("rows", "output")),
-        ("softmax", contiguous_rows(16, 48, 8), False, Schedule("tiles", "scratch")),
-        ("softmax", contiguous_rows(16, 49, 8), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 104), False, Schedule("tiles", "scratch")),
+        ("softmax", contiguous_rows(15, 104), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 105), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 56, 8), False, Schedule("tiles", "scratch")),
+        ("softmax", contiguous_rows(16, 57, 8), False, Schedule("rows", "output")),
         ("softmax", contiguous_rows(1_000_000, 10), True, Schedule("tiles", "scratch", True, 8, 32)),
         ("softmax", padded_rows(1_000_000, 10), False, Schedule("tiles", "scratch", False, 8, 32)),
         ("logsumexp", contiguous_rows(1_000_000, 10), False, Schedule("tiles", "none", False, 8, 32)),
@@ -163,8 +163,18 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
 )
 def test_compiled_schedules(monkeypatch, function, layout, in_place, schedule):
     compiled = pytest.importorskip("fastsoftmax.backends.compiled", exc_type=ImportError)
-    monkeypatch.setattr(_schedule, "cache_sizes", lambda: Caches(1 << 20, 32 << 20))
-    assert compiled.make_schedule(function, layout, in_place, 8) == schedule
+    monkeypatch.setattr(compiled, "_tier", "x86_64_v4")  # of which the plan asks nothing but how long tiled rows may be
+    with caches_of(1 << 20, 32 << 20):
+        assert compiled.make_schedule(function, layout, in_place, 8) == schedule
+
+
+def test_how_long_rows_in_tiles_are_depends_on_the_tier(monkeypatch):
+    compiled = pytest.importorskip("fastsoftmax.backends.compiled", exc_type=ImportError)
+    for tier, n_cols in (("x86_64_v4", 104), ("x86_64_v3", 60), ("x86_64_v2", 80), ("portable", 80)):
+        monkeypatch.setattr(compiled, "_tier", tier)
+        for n, traversal in ((n_cols, "tiles"), (n_cols + 1, "rows")):
+            with caches_of(1 << 20, 32 << 20):
+                assert compiled.make_schedule("softmax", contiguous_rows(16, n), False, 8).traversal == traversal
 
 
 def test_one_thread_returns_to_python_after_each_64_mib():
@@ -215,7 +225,7 @@ def placed(shape, dtype, offset):
         ((300, 130), 1, "rows", True, "scratch"),  # cache lines are shared by rows, and rows by batches
         ((2, 16_500), 1, "rows", True, "recompute"),
         ((2000, 10), 1, "tiles", True, "scratch"),
-        ((777, 37), 1, "tiles", True, "scratch"),
+        ((777, 29), 1, "tiles", True, "scratch"),
         ((4, 500), 1, "rows", False, "scratch"),
         ((2, 1500), 1, "rows", False, "recompute"),
         ((8, 4096), 0, "strips", True, "scratch"),

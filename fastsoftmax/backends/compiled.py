@@ -58,10 +58,10 @@ _SCRATCH_SHARE = 16
 
 # Rows of up to this many elements, by their size, are computed side by side if there are at least so many. In ns a row,
 # in tiles and one after the other, on v4: float16 80 elements 31 and 36, 96 elements 37 and 38; float32 96 elements 39
-# and 43, 112 elements 44 and 45; float64 48 elements 43 and 49, 64 elements 55 and 49. On v3: float16 24 elements 16 and
-# 24, 32 elements 22 and 17; float32 56 elements 34 and 39, 64 elements 40 and 34; float64 28 elements 47 and 54, 48
-# elements 76 and 65. On the others a row pays for what is beyond whole groups of registers: float32 72 elements 120 and
-# 173, 80 elements 133 and 121.
+# and 43, 112 elements 44 and 45; float64 48 elements 43 and 49, 64 elements 55 and 49. On v3: float16 24 elements 16
+# and 24, 32 elements 22 and 17; float32 56 elements 34 and 39, 64 elements 40 and 34; float64 28 elements 47 and 54,
+# 48 elements 76 and 65. On the others a row pays for what is beyond whole groups of registers: float32 72 elements 120
+# and 173, 80 elements 133 and 121.
 _MAX_TILE_COLS = {
     "x86_64_v4": {2: 96, 4: 104, 8: 56},
     "x86_64_v3": {2: 28, 4: 60, 8: 32},
