@@ -378,10 +378,14 @@ def _map_rows(
 
 
 def _refuse_on_gpu(function: str, where: object, temperature: object, dtype: object) -> None:
-    given = {"where": where is not None, "temperature": temperature != 1, "dtype": dtype is not None}
-    for name, is_given in given.items():
+    refused = [
+        ("where", where is not None, "set what does not count to -inf first"),
+        ("temperature", temperature != 1, "divide by it first"),
+        ("dtype", dtype is not None, "convert the array first"),
+    ]
+    for name, is_given, instead in refused:
         if is_given:
-            raise TypeError(f"{function} of an array on a CUDA device takes no {name}")
+            raise TypeError(f"{function} of an array on a CUDA device takes no {name}: {instead}")
 
 
 def _numbers_and_mask(value: ArrayLike, name: str, where: ArrayLike | None) -> tuple[Array, Array | None]:
