@@ -283,10 +283,11 @@ def logsumexp(
         if result is not None:
             return result
     if not isinstance(a, np.ndarray) and is_on_gpu(a):
-        if b is not None or return_sign:
-            raise TypeError("logsumexp of an array on a CUDA device takes neither b nor return_sign")
         _refuse_on_gpu("logsumexp", where, temperature, dtype)
-        return select_on_gpu(backend).compute("logsumexp", a, axis, out, keepdims, name="a")
+        module = select_on_gpu(backend)
+        if b is not None or return_sign:
+            return module.compute_weighted(a, axis, b, out, keepdims, return_sign)
+        return module.compute("logsumexp", a, axis, out, keepdims, name="a")
     terms, mask = _numbers_and_mask(a, "a", where)
     factors: Array | None = None
     temperature = _check_temperature(temperature)

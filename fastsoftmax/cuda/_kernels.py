@@ -42,7 +42,7 @@ def signature(format: Format, kernel: Any, n_kept: int, n_reduced: int) -> Any:
     pointer, real = format.pointer, types.float64 if format.precision == "double" else types.float32
     known = {"x": pointer, "y": pointer, "g": pointer, "maxima": types.CPointer(real), "sums": types.CPointer(real)}
     known |= {"kept": types.UniTuple(types.int64, 4 * n_kept), "reduced": types.UniTuple(types.int64, 4 * n_reduced)}
-    known["inner"] = types.UniTuple(types.int64, 4)
+    known |= {"inner": types.UniTuple(types.int64, 4), "signs": pointer, "states": types.CPointer(types.float64)}
     code = kernel.__code__
     return types.void(*(known.get(name, types.int64) for name in code.co_varnames[: code.co_argcount]))
 
