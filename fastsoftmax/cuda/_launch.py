@@ -20,7 +20,7 @@ from numba import cuda
 from fastsoftmax._dispatch import BackendUnavailableError
 from fastsoftmax._layout import Dimension, Layout
 from fastsoftmax.cuda import _kernels, _weighted
-from fastsoftmax.cuda._functions import PRODUCTS, Kernel, n_inputs
+from fastsoftmax.cuda._functions import Kernel, n_inputs, states_of
 from fastsoftmax.cuda._plan import MEETING_BYTES, MOST_THREADS, VECTOR_BYTES, Device, LaunchPlan, tile_vectors
 from fastsoftmax.cuda._vectors import Format
 
@@ -68,9 +68,7 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
         signature = _kernels.signature(format, make(), len(kept) // 4, len(reduced) // 4)
         return Launch(make, signature, grid, plan.block, arguments, plan.shared_bytes)
 
-    # The state of a chunk is the same for all that have one of this kind: one kernel serves them.
-    stateful: Kernel = kernel if kernel in PRODUCTS else "softmax"
-    chunks = plan.n_chunks, plan.chunk
+    stateful, chunks = states_of(kernel), (plan.n_chunks, plan.chunk)
     if plan.traversal == "strips":
         threads = plan.block[0] * plan.block[1]
         n_inner = layout.kept[-1].size
