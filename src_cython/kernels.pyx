@@ -201,8 +201,8 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         n_units = total_size(&job.kept) * n_strips
         scratch_bytes = strip_columns(n, x) * itemsize(x) * tile_registers(n, x)
     elif job.traversal == TILES:
-        n_together = TURNED_TILES * lanes(x)
-        scratch_bytes = 2 * TURNED_TILES * n * REGISTER_BYTES
+        n_together = turned_tiles(n) * lanes(x)
+        scratch_bytes = 2 * turned_tiles(n) * n * REGISTER_BYTES
     elif job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     else:
