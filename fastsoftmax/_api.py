@@ -283,10 +283,11 @@ def logsumexp(
         if result is not None:
             return result
     if not isinstance(a, np.ndarray) and is_on_gpu(a):
-        if b is not None or return_sign:
-            raise TypeError("logsumexp of an array on a CUDA device takes neither b nor return_sign")
         _refuse_on_gpu("logsumexp", where, temperature, dtype)
-        return select_on_gpu(backend).compute("logsumexp", a, axis, out, keepdims, name="a")
+        module = select_on_gpu(backend)
+        if b is not None or return_sign:
+            return module.compute_weighted(a, axis, b, out, keepdims, return_sign)
+        return module.compute("logsumexp", a, axis, out, keepdims, name="a")
     terms, mask = _numbers_and_mask(a, "a", where)
     factors: Array | None = None
     temperature = _check_temperature(temperature)
@@ -378,10 +379,14 @@ def _map_rows(
 
 
 def _refuse_on_gpu(function: str, where: object, temperature: object, dtype: object) -> None:
-    given = {"where": where is not None, "temperature": temperature != 1, "dtype": dtype is not None}
-    for name, is_given in given.items():
+    refused = [
+        ("where", where is not None, "set what does not count to -inf first"),
+        ("temperature", temperature != 1, "divide by it first"),
+        ("dtype", dtype is not None, "convert the array first"),
+    ]
+    for name, is_given, instead in refused:
         if is_given:
-            raise TypeError(f"{function} of an array on a CUDA device takes no {name}")
+            raise TypeError(f"{function} of an array on a CUDA device takes no {name}: {instead}")
 
 
 def _numbers_and_mask(value: ArrayLike, name: str, where: ArrayLike | None) -> tuple[Array, Array | None]:

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from fastsoftmax._api import _check_out, _dtypes, _is_same_view, _is_writable_as, _numbers, _read_as, _shares_memory
 from fastsoftmax._derivatives import _real_numbers
-from fastsoftmax._dispatch import CrossEntropy, execute_cross_entropy, select
+from fastsoftmax._dispatch import CrossEntropy, execute_cross_entropy, select_for
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 from fastsoftmax._outputs import empty_like
 
@@ -162,7 +162,7 @@ def softmax_cross_entropy(
     if grad_out is not None and not return_grad:
         raise TypeError("grad_out takes the gradient, which needs return_grad=True")
     working, dtype = _dtypes(scores.dtype, "logsumexp")
-    module = select(working, scores.size, backend)
+    module = select_for("softmax_cross_entropy", working, scores.size, backend)
     storage = _read_as(module, scores, working)
     weights = _weights(weight, n_classes)
     target_values = _numbers(targets, "targets")

@@ -1,10 +1,10 @@
 """Kernels of the CUDA backend as machine code, without a device: Numba's compiler to PTX, and ptxas.
 
-``python -m tests.ptx float32`` prints what becomes of kernels for this dtype on every architecture, as JSON: of those
-that stand for all in the tests, or of all after ``python -m tests.ptx float32 all``. What Numba makes of a kernel is
-the same for every architecture: it is compiled once, and turned into PTX for each.
+``python -m tests.ptx float32`` prints what becomes of every kernel for this dtype on every architecture, as JSON. What
+Numba makes of a kernel is the same for all of them: it is compiled once, turned into PTX, and assembled for each.
 """
 
+import gc
 import json
 import re
 import shutil
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, files
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,6 +28,9 @@ from fastsoftmax.cuda._plan import Device, choose
 from fastsoftmax.cuda._vectors import FORMATS
 
 ARCHITECTURES = (80, 90, 100)
+
+# NVVM has an older compiler for what came before Blackwell, whose PTX is the same but for the name of the target.
+SAME_PTX = {80: (80, 90), 100: (100,)}
 
 H200 = Device(n_multiprocessors=132, l2_bytes=60 * 2**20, shared_bytes=227 * 1024)
 
@@ -46,7 +50,6 @@ SHAPES = {
     "strips split": ((1_000_000, 8), None),
 }
 FUNCTIONS = ("softmax", "log_softmax", "logsumexp", "softmax_vjp", "log_softmax_vjp", "logsumexp_vjp")
-LARGEST = ("rows of 512 threads", "long rows", "rows split", "strips", "strips split")
 INSTRUCTIONS = (
     "ld.global.v4", "ld.global.v2", "st.global.v4", "st.global.v2", "ld.local", "st.local", "cp.async.cg",
     "ld.shared.v4", "ld.shared.v2", "ex2.approx.ftz.f32",
@@ -105,7 +108,18 @@ def compiled(launch):
     options["launch_bounds"] = _launch.launch_bounds(launch)
     with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: device):
         library, _ = compiler._compile_pyfunc_with_fixup(launch.make(), launch.signature, **options)
+    library._llvm_strs = list(dict.fromkeys(library.llvm_strs))  # one for each caller: NVVM drops the others again
     return library
+
+
+def texts(library):
+    """Return the PTX of a kernel for each architecture."""
+    found = {}
+    for compiled_for, architectures in SAME_PTX.items():
+        text = library.get_asm_str(cc=divmod(compiled_for, 10))
+        for architecture in architectures:
+            found[architecture] = text.replace(f".target sm_{compiled_for}", f".target sm_{architecture}")
+    return found
 
 
 def assemble(text, architecture, directory):
@@ -130,25 +144,11 @@ def assemble(text, architecture, directory):
     }
 
 
-def representatives(dtype):
-    """Return shapes and functions whose kernels stand for all: 3 s of a processor for each.
-
-    In float32 it is every function in the traversals that take the most registers, and softmax in the others; in
-    bfloat16 and float64, of the former those of one that reads one array and of one that reads two. float16 differs
-    from bfloat16 in how elements are converted.
-    """
-    if dtype == "float16":
-        return [("rows of 512 threads", "softmax"), ("strips", "softmax_vjp")]
-    if dtype == "float32":
-        return [(name, function) for name in SHAPES for function in (FUNCTIONS if name in LARGEST else FUNCTIONS[:1])]
-    return [(name, function) for name in LARGEST for function in ("softmax", "log_softmax_vjp")]
-
-
-def report(dtype, pairs):
-    """Assemble the kernels for shapes and functions in a dtype, once for each architecture."""
+def report(dtype):
+    """Assemble the kernels for all shapes and functions in a dtype, once for each architecture."""
     found, seen = [], set()
     with tempfile.TemporaryDirectory() as directory:
-        for name, function in pairs:
+        for name, function in product(SHAPES, FUNCTIONS):
             plan, steps = launches(name, function, dtype)
             for step in steps:
                 if step.make() in seen:  # chunks have the same states for several functions
@@ -158,14 +158,11 @@ def report(dtype, pairs):
                 head |= {"vector": plan.vector, "held": plan.held, "threads": step.block[0] * step.block[1]}
                 head |= {"inputs": n_inputs(function), "shared_bytes": step.shared_bytes}
                 head["arguments"] = sum(len(one) if isinstance(one, tuple) else 1 for one in step.arguments)
-                library = compiled(step)
-                for architecture in ARCHITECTURES:
-                    text = library.get_asm_str(cc=divmod(architecture, 10))
+                for architecture, text in texts(compiled(step)).items():
                     found.append(head | assemble(text, architecture, directory))
     return found
 
 
 if __name__ == "__main__":
-    dtype, *rest = sys.argv[1:]
-    every = [(name, function) for name in SHAPES for function in FUNCTIONS]
-    json.dump(report(dtype, every if rest == ["all"] else representatives(dtype)), sys.stdout, indent=1)
+    gc.set_threshold(200_000, 20, 100)  # what Numba makes stays: looking through it again takes a tenth longer
+    json.dump(report(sys.argv[1]), sys.stdout, indent=1)

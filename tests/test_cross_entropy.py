@@ -9,7 +9,7 @@ import pytest
 import fastsoftmax
 from fastsoftmax import softmax_cross_entropy
 
-from .inputs import LAYOUTS, WRITABLE_LAYOUTS
+from .inputs import LAYOUTS, WRITABLE_LAYOUTS, OnDevice
 from .reference import LONG, exact
 
 SHAPES = [((11,), 0), ((7, 11), 0), ((2, 20_000), -1), ((4, 9, 3, 5), 1), ((5, 1), 1)]
@@ -496,3 +496,12 @@ def test_bad_grad_out(backend, out, exception, message):
 def test_a_place_for_a_gradient_that_is_not_wanted():
     with pytest.raises(TypeError, match="grad_out takes the gradient, which needs return_grad=True"):
         softmax_cross_entropy(X, [0, 1, 2], grad_out=X)
+
+
+def test_the_cuda_backend():
+    with pytest.raises(
+        TypeError, match="backend 'cuda' does not compute softmax_cross_entropy; these do: 'cython', 'numba', 'numpy'"
+    ):
+        softmax_cross_entropy(X, [0, 0, 0], backend="cuda")
+    with pytest.raises(TypeError, match="targets is on a CUDA device, where this is not computed"):
+        softmax_cross_entropy(X, OnDevice())

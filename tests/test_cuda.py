@@ -17,9 +17,9 @@ from tests.reference import exact, max_ulp_error
 
 pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
 
-from fastsoftmax.cuda import _arrays, _launch, _state
+from fastsoftmax.cuda import _arrays, _launch, _state, _weighted
 from fastsoftmax.cuda._functions import n_inputs
-from fastsoftmax.cuda._plan import IN_FLIGHT, MEETING_BYTES, choose
+from fastsoftmax.cuda._plan import IN_FLIGHT, MEETING_BYTES, choose, choose_weighted
 from fastsoftmax.cuda._vectors import FORMATS
 from tests import ptx
 
@@ -200,6 +200,33 @@ def test_plans_of_derivatives(function, shape, axis, traversal, held, stored, ha
     assert plan.shared_bytes == stored * 512 * 16 * n_inputs(function)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "traversal", "lanes", "rows", "n_chunks"),
+    [
+        ((1_000_000, 10), 1, "rows", 16, 8, 1),
+        ((8192, 1000), 1, "rows", 128, 1, 1),
+        ((100, 100_000), 1, "split", 128, 1, 5),
+        ((1, 100_000_000), 1, "split", 128, 1, 528),
+        ((8192, 8192), 0, "strips", 4, 32, 2),
+        ((1_000_000, 5), 0, "strips", 16, 8, 521),
+        ((64, 100, 1000), 1, "strips", 4, 32, 1),
+    ],
+)
+def test_plans_of_sums_with_factors(shape, axis, traversal, lanes, rows, n_chunks):
+    layout, _ = ptx.laid_out(shape, axis, 4, "logsumexp")
+    plan = choose_weighted(layout, ptx.H200)
+    assert (plan.traversal, plan.threads_per_row, plan.rows_per_block, plan.n_chunks) == (
+        traversal,
+        lanes,
+        rows,
+        n_chunks,
+    )
+    first, *rest = _launch.weighted_launches(FORMATS["float32"], layout, plan, has_signs=True)
+    assert first.grid * rows >= layout.n_rows * n_chunks
+    assert [step.grid * rows >= layout.n_rows for step in rest] == [True] * (n_chunks > 1)
+    assert n_chunks == 1 or (n_chunks - 1) * plan.chunk < layout.n_cols <= n_chunks * plan.chunk
+
+
 # More elements than 32 bits count, along rows, across them, in both and in a stride.
 LARGE = {
     "many rows": ((2**30, 10), 1, None),
@@ -238,6 +265,19 @@ def test_sizes_beyond_32_bits(function, name):
             assert step.grid * plan.rows_per_block >= layout.n_rows
             assert step.grid % (layout.n_rows // n_inner) == 0
             assert plan.n_chunks == 1 or plan.n_chunks * plan.chunk >= layout.n_cols
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_sums_with_factors_of_sizes_beyond_32_bits(name):
+    shape, axis, strides = LARGE[name]
+    layout, _ = ptx.laid_out(shape, axis, 4, "logsumexp", strides)
+    plan = choose_weighted(layout, ptx.H200)
+    for step in _launch.weighted_launches(FORMATS["float32"], layout, plan, has_signs=True):
+        assert layout.n_rows <= step.grid * plan.rows_per_block < 2**31 * plan.rows_per_block
+        numbers = [number for number in flat(step.arguments) if not isinstance(number, str)]
+        assert all(type(number) is int and abs(number) < 2**63 for number in numbers)
+        assert {layout.n_rows, layout.n_cols} <= set(numbers)
+        assert plan.n_chunks == 1 or plan.n_chunks * plan.chunk >= layout.n_cols
 
 
 def test_vectors_need_rows_on_the_same_boundaries():
@@ -280,7 +320,7 @@ def compilers():
 @pytest.fixture(params=FORMATS, scope="module")
 def machine_code(request, compilers):
     """What became of each kernel for one dtype on each architecture."""
-    printed, errors = compilers[request.param].communicate(timeout=900)
+    printed, errors = compilers[request.param].communicate(timeout=1800)
     assert compilers[request.param].returncode == 0, errors
     found = json.loads(printed)
     assert {code["architecture"] for code in found} == {80, 90, 100}
@@ -333,6 +373,46 @@ def test_exponentials_are_instructions(machine_code):
         if code["function"] == "log_softmax_vjp" and code["kernel"] in ("chunk_states", "strip_states"):
             is_exponential = False  # the sum of g
         assert (code["ex2.approx.ftz.f32"] > 0) == is_exponential, code
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "dtype"),
+    [
+        ("rows of 512 threads", "softmax", "float32"),
+        ("strips", "log_softmax_vjp", "bfloat16"),
+        ("rows split", "logsumexp_vjp", "float64"),
+    ],
+)
+def test_text_is_the_same_where_it_is_taken_for_the_same(name, function, dtype):
+    """So that NVVM need not be run for sm_90 as well."""
+    for step in ptx.launches(name, function, dtype)[1]:
+        library = ptx.compiled(step)
+        assert ptx.texts(library)[90] == library.get_asm_str(cc=(9, 0))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_machine_code_of_sums_with_factors(dtype, tmp_path):
+    if ptx.find_ptxas() is None:
+        pytest.skip("there is no ptxas: pip install nvidia-cuda-nvcc")
+    format, of_rows, of_chunks = FORMATS[dtype], (100_000, 100), (1, 10_000_000)
+    layouts = [ptx.laid_out(shape, 1, format.itemsize, "logsumexp")[0] for shape in (of_rows, of_chunks)]
+    plans = [choose_weighted(layout, ptx.H200) for layout in layouts]
+    steps = [
+        step
+        for layout, plan in zip(layouts, plans, strict=True)
+        for step in _launch.weighted_launches(format, layout, plan, has_signs=True)
+    ]
+    assert [step.make() for step in steps] == [
+        _weighted.weighted_kernel(format, is_first, is_last)
+        for is_first, is_last in ((True, True), (True, False), (False, True))
+    ]
+    for step in steps:
+        for architecture, text in ptx.texts(ptx.compiled(step)).items():
+            code = ptx.assemble(text, architecture, tmp_path)
+            assert (code["spilled"], code["stack"], code["ld.local"], code["st.local"]) == (0, 0, 0, 0), code
+            assert code["parameters"] == len(flat(step.arguments)), code
+            assert code["registers"] <= 128, code  # four blocks to a multiprocessor
+            assert code["shared"] == 48 * step.block[0], code
 
 
 # The simulator
@@ -393,9 +473,14 @@ def launch(monkeypatch):
     """
 
     def run(function, shape, stream):
-        layout, phases = ptx.laid_out(shape, 1, 4, function)
-        plan = choose(layout, phases, ptx.H200, n_inputs(function))
-        steps = _launch.launches(function, FORMATS["float32"], layout, plan, 0)
+        format, has_factors = FORMATS["float32"], function == "weighted_logsumexp"
+        layout, phases = ptx.laid_out(shape, 1, 4, "logsumexp" if has_factors else function)
+        if has_factors:
+            plan = choose_weighted(layout, ptx.H200)
+            steps = _launch.weighted_launches(format, layout, plan, True)
+        else:
+            plan = choose(layout, phases, ptx.H200, n_inputs(function))
+            steps = _launch.launches(function, format, layout, plan, 0)
         counts = iter([len(flat(step.arguments)) for step in steps])
         called = []
 
@@ -419,8 +504,11 @@ def launch(monkeypatch):
         monkeypatch.setattr(_launch, "device_facts", lambda device: ptx.H200)
         monkeypatch.setattr(_launch, "_compiled", lambda kernel, signature, bounds: 7)
         monkeypatch.setattr(_launch.cuda, "gpus", {0: nullcontext()})
-        prepared = _launch.prepare(function, FORMATS["float32"], layout, plan, 0, device=0)
-        prepared.run({"x": 256, "y": 512, "g": 768}, stream)
+        if has_factors:
+            prepared = _launch.prepare_weighted(format, layout, plan, True, device=0)
+        else:
+            prepared = _launch.prepare(function, format, layout, plan, 0, device=0)
+        prepared.run({"x": 256, "y": 512, "g": 768, "signs": 1024, "states": 0}, stream)
         return plan, steps, called
 
     return run
@@ -442,6 +530,25 @@ def test_arguments_reach_the_driver(launch):
         ("launch", "function 7", sizes, 11, expected[1]),
         ("free", 4096, 11),
     ]
+
+
+@pytest.mark.parametrize("shape", [(100_000, 100), (3, 1_000_000)])
+def test_arguments_of_sums_with_factors_reach_the_driver(launch, shape):
+    plan, steps, called = launch("weighted_logsumexp", shape, stream=11)
+    has_chunks = plan.n_chunks > 1
+    names = {"x": 256, "y": 512, "g": 768, "signs": 1024, "states": 4096 if has_chunks else 0}
+    launched = [
+        (
+            "launch",
+            "function 7",
+            (step.grid, 1, 1, 128, 1, 1, 0),
+            11,
+            [names.get(one, one) for one in flat(step.arguments)],
+        )
+        for step in steps
+    ]
+    room = ("allocate", shape[0] * plan.n_chunks * 48, 11)
+    assert called == ([room, *launched, ("free", 4096, 11)] if has_chunks else launched)
 
 
 def test_a_block_is_allowed_its_shared_memory_before_it_is_launched(launch):

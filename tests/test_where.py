@@ -297,10 +297,18 @@ def test_by_keyword_only(call):
         call(np.ones(3), None, None, False, False, None, np.ones(3, bool))
 
 
-@pytest.mark.parametrize("option", [{"where": True}, {"temperature": 2}, {"dtype": float}], ids=lambda o: next(iter(o)))
-def test_arrays_on_a_gpu_are_refused_by_name(function, call, option):
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ({"where": True}, "where: set what does not count to -inf first"),
+        ({"temperature": 2}, "temperature: divide by it first"),
+        ({"dtype": float}, "dtype: convert the array first"),
+    ],
+    ids=["where", "temperature", "dtype"],
+)
+def test_arrays_on_a_gpu_are_refused_by_name(function, call, option, instead):
     class OnDevice:
         is_cuda = True
 
-    with pytest.raises(TypeError, match=f"{function} of an array on a CUDA device takes no {next(iter(option))}"):
+    with pytest.raises(TypeError, match=f"{function} of an array on a CUDA device takes no {instead}"):
         call(OnDevice(), **option)

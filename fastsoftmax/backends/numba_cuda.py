@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
+from numbers import Real
 from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
@@ -30,7 +31,7 @@ from fastsoftmax._schedule import Schedule
 from fastsoftmax.cuda import _launch
 from fastsoftmax.cuda._arrays import Library, View, borrow, hand_back, is_immutable, library_of
 from fastsoftmax.cuda._functions import Kernel, n_inputs
-from fastsoftmax.cuda._plan import VECTOR_BYTES, LaunchPlan, choose
+from fastsoftmax.cuda._plan import VECTOR_BYTES, LaunchPlan, choose, choose_weighted
 from fastsoftmax.cuda._vectors import FORMATS
 
 READS: frozenset[str] = frozenset({"float16", "bfloat16"})
@@ -200,6 +201,96 @@ def _compute(
         if out is not None and target is not out:
             library.assign(out, target, stream)
     return target if out is None else out
+
+
+def compute_weighted(
+    a: Any, axis: Any, b: Any, out: Any = None, keepdims: bool = False, return_sign: bool = False
+) -> Any:
+    """Compute logsumexp with factors, and the signs of the sums if they are asked for, of an array on a GPU.
+
+    Parameters
+    ----------
+    a, axis, out, keepdims
+        As of `compute`.
+    b : array, number or None
+        The factors, of the same library, device and dtype, which broadcast with ``a``; or one for all; None is 1.
+    return_sign : bool
+        Whether to return the signs as well, in the shape and dtype of the result.
+    """
+    library = library_of(type(a))  # type: ignore[arg-type]
+    if not (b is None or isinstance(b, Real) or is_on_gpu(b)):
+        raise TypeError(f"b must be a number or a {type(a).__name__} on the same device, as a is")
+    if library is None:
+        if is_immutable(out):
+            raise TypeError(f"out is an array of {type(out).__name__}, which must not be written to")
+        given = [array if array is None or isinstance(array, Real) else borrow(array) for array in (a, b, out)]
+        results = compute_weighted(given[0], axis, given[1], given[2], keepdims, return_sign)
+        if not return_sign:
+            return hand_back(a, results) if out is None else out
+        return hand_back(a, results[0]) if out is None else out, hand_back(a, results[1])
+    with library.on_device_of(a):
+        view = library.view(a)
+        if view.dtype not in FORMATS:
+            raise TypeError(f"a on a CUDA device must be one of {', '.join(FORMATS)}, not {view.dtype}")
+        factors = _factors(library, a, b, view.dtype)
+        factors_view = library.view(factors)
+        try:
+            shape = np.broadcast_shapes(view.shape, () if factors is not b else factors_view.shape)
+        except ValueError:
+            message = f"b of shape {factors_view.shape} does not broadcast with a of shape {view.shape}"
+            raise ValueError(message) from None
+        axes = normalize_axes(axis, len(shape))
+        reduced = tuple(1 if number in axes else size for number, size in enumerate(shape))
+        result_shape = reduced if keepdims else tuple(np.delete(shape, axes).tolist())
+        if out is not None:
+            _check_out(library, a, out, view.dtype, result_shape)
+        log_sums = library.empty(a, result_shape)
+        signs = library.empty(a, result_shape) if return_sign else None
+        stream = library.stream(a)
+        with _in_order(library, stream, out, None if factors is not b else b):
+            if 0 not in shape:
+                x, given_b = (_broadcast(one, shape) for one in (view, factors_view))
+                y = library.view(log_sums)
+                layout = make_layout(x, axes, y if keepdims else y.expand_dims(axes), given_b)  # type: ignore[arg-type]
+                plan, prepared = _prepare_weighted(view.dtype, layout, return_sign, library.device(a))
+                y_address = library.address(log_sums)
+                signs_address = y_address if signs is None else library.address(signs)
+                addresses = {"x": view.address, "y": y_address, "g": factors_view.address, "signs": signs_address}
+                prepared.run(addresses | {"states": 0}, stream)  # those of chunks, if there are any, get a place there
+                if (plans := choices.get().plans) is not None:
+                    plans.append(plan)
+            elif 0 not in result_shape:
+                library.assign(log_sums, -np.inf, stream)
+                if signs is not None:
+                    library.assign(signs, 0.0, stream)
+            if out is not None:
+                library.assign(out, log_sums, stream)
+    result = log_sums if out is None else out
+    return (result, signs) if return_sign else result
+
+
+def _factors(library: Library, a: Any, b: Any, dtype: str) -> Any:
+    """Return the factors as an array: a new one of one element where they are one number."""
+    if b is None or isinstance(b, Real):
+        factor = library.empty(a, (1,))
+        library.assign(factor, 1.0 if b is None else float(b), library.stream(a))
+        return factor
+    if not _are_together(library, a, b):
+        raise TypeError(f"b must be a number or a {type(a).__name__} on the same device, as a is")
+    if (given := library.view(b).dtype) != dtype:
+        raise TypeError(f"b must have dtype {dtype}, not {given}")
+    return b
+
+
+def _broadcast(view: View, shape: tuple[int, ...]) -> View:
+    return view.expand_dims(tuple(range(len(shape) - view.ndim))).broadcast_to(shape)
+
+
+@lru_cache(_REMEMBERED)
+def _prepare_weighted(dtype: str, layout: Layout, has_signs: bool, device: int) -> tuple[Plan, _launch.Prepared]:
+    """Plan and compile."""
+    plan = choose_weighted(layout, _launch.device_facts(device))
+    return _plan("weighted_logsumexp", plan), _launch.prepare_weighted(FORMATS[dtype], layout, plan, has_signs, device)
 
 
 @contextmanager

@@ -31,23 +31,40 @@ def n_inputs(kernel: Kernel) -> int:
     return 2 if kernel in PRODUCTS else 1
 
 
+def states_of(kernel: Kernel) -> Kernel:
+    """Return the first function with the same states: what only makes states is compiled once for all of these."""
+    return kernel if kernel in PRODUCTS else "softmax"
+
+
 @cache
-def arithmetic(kernel: Kernel, format: Format) -> SimpleNamespace:
-    """Return the device functions of a kernel, and ``lowest``, the maximum of no element.
+def states(kernel: Kernel, format: Format) -> SimpleNamespace:
+    """Return the device functions that make the states of a kernel, and ``lowest``, the maximum of no element.
 
     Lanes take elements in by ``largest(maximum, x)``, ``reference(maximum)``, which gives an offset and a shift,
     ``add(sum, ties, x, g, maximum, offset, shift)`` and ``advance(maximum, sum, ties, new_maximum)``. Of all lanes
-    together, ``close(maximum, sum, ties)`` makes the sum of a state; ``merge`` makes one of two states. From a state
+    together, ``close(maximum, sum, ties)`` makes the sum of a state; ``merge`` makes one of two states. ``g`` is that
+    of the element in the products, and nothing elsewhere.
+    """
+    if kernel != states_of(kernel):
+        return states(states_of(kernel), format)
+    return _sums_of_products(kernel, format) if kernel in PRODUCTS else _sums_of_exponentials(format)
+
+
+@cache
+def results(kernel: Kernel, format: Format) -> SimpleNamespace:
+    """Return the device functions that make the results of a kernel from a state.
+
     ``of_row`` gives the number that all elements of the row share, in two parts, and from that
     ``of_element(x, g, maximum, offset, shift, shared, low)`` the result of one. ``g`` is that of the element in the
     products, of the row in logsumexp's, and nothing elsewhere.
     """
-    return _product(kernel, format) if kernel in PRODUCTS else _exponential(kernel, format)
+    of_row, of_element = (_of_product if kernel in PRODUCTS else _of_exponential)(kernel, format)
+    return SimpleNamespace(of_row=of_row, of_element=of_element)
 
 
-def _exponential(kernel: Kernel, format: Format) -> SimpleNamespace:
+def _sums_of_exponentials(format: Format) -> SimpleNamespace:
     state, zero, one = _state.on_device(format.precision), format.real(0), format.real(1)
-    power, rebase, term, log_total, scaled = state.power, state.rebase, state.term, state.log_total, state.scaled
+    power, rebase, term = state.power, state.rebase, state.term
 
     @device
     def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
@@ -64,6 +81,22 @@ def _exponential(kernel: Kernel, format: Format) -> SimpleNamespace:
     @device
     def close(maximum: Any, sum: Any, ties: Any) -> Any:
         return sum + (ties - one) * term(maximum, maximum) if ties > zero else sum
+
+    return SimpleNamespace(
+        lowest=format.real(-np.inf),
+        padding=format.minus_infinity,
+        largest=state.larger,
+        reference=state.reference,
+        advance=advance,
+        add=add,
+        close=close,
+        merge=state.merge,
+    )
+
+
+def _of_exponential(kernel: Kernel, format: Format) -> tuple[Any, Any]:
+    state, zero = _state.on_device(format.precision), format.real(0)
+    power, log_total, scaled = state.power, state.log_total, state.scaled
 
     if kernel in ("log_softmax", "logsumexp"):
 
@@ -99,23 +132,12 @@ def _exponential(kernel: Kernel, format: Format) -> SimpleNamespace:
         def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
             return scaled(power(x - offset, shift), shared, low)
 
-    return SimpleNamespace(
-        lowest=format.real(-np.inf),
-        padding=format.minus_infinity,
-        largest=state.larger,
-        reference=state.reference,
-        advance=advance,
-        add=add,
-        close=close,
-        merge=state.merge,
-        of_row=of_row,
-        of_element=of_element,
-    )
+    return of_row, of_element
 
 
-def _product(kernel: Kernel, format: Format) -> SimpleNamespace:
+def _sums_of_products(kernel: Kernel, format: Format) -> SimpleNamespace:
     """An element whose probability is 0 adds nothing to the sum of softmax's, and gets no gradient through any sum."""
-    exponential, zero = _state.on_device(format.precision).exponential, format.real(0)
+    zero = format.real(0)
 
     @device
     def largest(maximum: Any, x: Any) -> Any:
@@ -137,30 +159,17 @@ def _product(kernel: Kernel, format: Format) -> SimpleNamespace:
     def merge(a_maximum: Any, a_sum: Any, b_maximum: Any, b_sum: Any) -> Any:
         return zero, a_sum + b_sum
 
-    @device
-    def of_row(maximum: Any, sum: Any) -> Any:
-        return sum, zero
-
     if kernel == "softmax_vjp":
 
         @device
         def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
             return sum + (zero if x == zero else x * g), ties
 
-        @device
-        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
-            return zero if x == zero else x * (g - shared)
-
     else:
 
         @device
         def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
             return sum + g, ties
-
-        @device
-        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
-            p = exponential(x)
-            return g if p == zero else g - p * shared
 
     return SimpleNamespace(
         lowest=zero,
@@ -171,6 +180,27 @@ def _product(kernel: Kernel, format: Format) -> SimpleNamespace:
         add=add,
         close=close,
         merge=merge,
-        of_row=of_row,
-        of_element=of_element,
     )
+
+
+def _of_product(kernel: Kernel, format: Format) -> tuple[Any, Any]:
+    exponential, zero = _state.on_device(format.precision).exponential, format.real(0)
+
+    @device
+    def of_row(maximum: Any, sum: Any) -> Any:
+        return sum, zero
+
+    if kernel == "softmax_vjp":
+
+        @device
+        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+            return zero if x == zero else x * (g - shared)
+
+    else:
+
+        @device
+        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+            p = exponential(x)
+            return g if p == zero else g - p * shared
+
+    return of_row, of_element

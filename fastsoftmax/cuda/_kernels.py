@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, types
 
-from fastsoftmax.cuda._functions import PRODUCTS, Kernel, arithmetic, n_inputs
+from fastsoftmax.cuda._functions import PRODUCTS, Kernel, n_inputs, results, states, states_of
 from fastsoftmax.cuda._instructions import device
 from fastsoftmax.cuda._meetings import row_meeting
 from fastsoftmax.cuda._plan import IN_FLIGHT, VECTOR_BYTES, tile_vectors
@@ -42,7 +42,7 @@ def signature(format: Format, kernel: Any, n_kept: int, n_reduced: int) -> Any:
     pointer, real = format.pointer, types.float64 if format.precision == "double" else types.float32
     known = {"x": pointer, "y": pointer, "g": pointer, "maxima": types.CPointer(real), "sums": types.CPointer(real)}
     known |= {"kept": types.UniTuple(types.int64, 4 * n_kept), "reduced": types.UniTuple(types.int64, 4 * n_reduced)}
-    known["inner"] = types.UniTuple(types.int64, 4)
+    known |= {"inner": types.UniTuple(types.int64, 4), "signs": pointer, "states": types.CPointer(types.float64)}
     code = kernel.__code__
     return types.void(*(known.get(name, types.int64) for name in code.co_varnames[: code.co_argcount]))
 
@@ -72,13 +72,13 @@ def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, hel
     are kept in shared memory, and the rest is read twice.
     """
     vector, n_words, _ = access(format, vectorized)
-    tile, meet = tiles(kernel, format, vectorized, held), row_meeting(kernel, format, lanes)
+    tile, meet = tiles(kernel, format, vectorized, held), row_meeting(states_of(kernel), format, lanes)
     part, store = ranges(kernel, format, vectorized), stored_part(kernel, format, vectorized)
     read, largest, add, write, n_held = tile.read, tile.largest, tile.add, tile.write, tile.n_words
     meet_largest, meet_sums, fold_range, write_range = meet.largest, meet.sums, part.fold_range, part.write_range
     begin_stored, fold_stored, write_stored = store.begin, store.fold, store.write
-    compute = arithmetic(kernel, format)
-    advance, larger, close, of_row = compute.advance, compute.largest, compute.close, compute.of_row
+    compute, of_row = states(kernel, format), results(kernel, format).of_row
+    advance, larger, close = compute.advance, compute.largest, compute.close
     write_logsumexp, read_g = row_values(format).write_logsumexp, row_values(format).read_g
     word, lowest, zero = format.word, compute.lowest, format.real(0)
     is_reduction, has_g, per_tile = kernel == "logsumexp", kernel == "logsumexp_vjp", tile_vectors(n_inputs(kernel))
@@ -137,7 +137,7 @@ def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, hel
 def chunk_state_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any:
     """Make a kernel that leaves the state of each chunk of each row: a maximum, and the sum of the others' terms."""
     vector, _, _ = access(format, vectorized)
-    meet, compute, zero = row_meeting(kernel, format, 0), arithmetic(kernel, format), format.real(0)
+    meet, compute, zero = row_meeting(states_of(kernel), format, 0), states(kernel, format), format.real(0)
     meet_largest, meet_sums, fold_range = meet.largest, meet.sums, ranges(kernel, format, vectorized).fold_range
     advance, close, lowest = compute.advance, compute.close, compute.lowest
 
@@ -165,8 +165,8 @@ def chunk_state_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any:
 def chunk_result_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any:
     """Make a kernel that merges the states of a row's chunks and writes one chunk of the result."""
     vector, _, _ = access(format, vectorized)
-    compute, merge_all = arithmetic(kernel, format), row_meeting(kernel, format, 0).states
-    merge, of_row, lowest, zero = compute.merge, compute.of_row, compute.lowest, format.real(0)
+    compute, merge_all = states(kernel, format), row_meeting(states_of(kernel), format, 0).states
+    merge, of_row, lowest, zero = compute.merge, results(kernel, format).of_row, compute.lowest, format.real(0)
     write_logsumexp, read_g = row_values(format).write_logsumexp, row_values(format).read_g
     write_range = ranges(kernel, format, vectorized).write_range
     is_reduction, has_g = kernel == "logsumexp", kernel == "logsumexp_vjp"
@@ -207,22 +207,11 @@ def strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
     logsumexp; ``write`` writes the others.
     """
     vector, _, _ = access(format, vectorized)
-    strip, compute = across_rows(kernel, format, vectorized), arithmetic(kernel, format)
-    read, fold_tile, write_tile, n_tile = strip.read, strip.fold, strip.write, strip.n_words
-    advance, larger, close, of_row = compute.advance, compute.largest, compute.close, compute.of_row
+    strip, of_row = across_rows(kernel, format, vectorized), results(kernel, format).of_row
+    read, write_tile, n_tile = strip.read, strip.write, strip.n_words
     write_logsumexp, read_g = row_values(format).write_logsumexp, row_values(format).read_g
     word, zero = format.word, format.real(0)
-    is_reduction, has_g, has_maximum = kernel == "logsumexp", kernel == "logsumexp_vjp", kernel not in PRODUCTS
-
-    @device
-    def fold(
-        x: Any, x_start: Any, g: Any, g_start: Any, reduced: Any, begin: Any, end: Any, column: Any, n_inner: Any,
-        maxima: Any, sums: Any, ties: Any,
-    ) -> Any:  # fmt: skip
-        words = cuda.local.array(n_tile, word)
-        for j in range(begin, end, IN_FLIGHT * cuda.blockDim.y):
-            read(0, x, x_start, g, g_start, reduced, j, end, column, n_inner, words)
-            fold_tile(0, words, maxima, sums, ties)
+    is_reduction, has_g = kernel == "logsumexp", kernel == "logsumexp_vjp"
 
     @device
     def write(
@@ -233,6 +222,41 @@ def strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
         for j in range(begin, end, IN_FLIGHT * cuda.blockDim.y):
             read(0, x, x_start, g, g_start, reduced, j, end, column, n_inner, words)
             write_tile(0, y, y_start, reduced, j, end, column, n_inner, words, maxima, shared, lows, gs)
+
+    @device
+    def finish_one(
+        v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any,
+        maxima: Any, sums: Any, shared: Any, lows: Any, gs: Any,
+    ) -> Any:  # fmt: skip
+        shared[v], lows[v] = of_row(maxima[v], sums[v])
+        is_row = column + v >= 0 and column + v < n_inner
+        if is_reduction and is_row and cuda.threadIdx.y == 0:
+            write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shared[v])
+        gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
+        return carry
+
+    folded = _folded_strip_parts(states_of(kernel), format, vectorized)
+    return SimpleNamespace(**vars(folded), finish=repeated(finish_one, vector), write=write)
+
+
+@cache
+def _folded_strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return what `strip_parts` has for all kernels with the same states."""
+    vector, _, _ = access(format, vectorized)
+    strip, compute = across_rows(kernel, format, vectorized), states(kernel, format)
+    read, fold_tile, n_tile = strip.read, strip.fold, strip.n_words
+    advance, larger, close = compute.advance, compute.largest, compute.close
+    word, zero, has_maximum = format.word, format.real(0), kernel not in PRODUCTS
+
+    @device
+    def fold(
+        x: Any, x_start: Any, g: Any, g_start: Any, reduced: Any, begin: Any, end: Any, column: Any, n_inner: Any,
+        maxima: Any, sums: Any, ties: Any,
+    ) -> Any:  # fmt: skip
+        words = cuda.local.array(n_tile, word)
+        for j in range(begin, end, IN_FLIGHT * cuda.blockDim.y):
+            read(0, x, x_start, g, g_start, reduced, j, end, column, n_inner, words)
+            fold_tile(0, words, maxima, sums, ties)
 
     @device
     def show_one(v: Any, carry: Any, values: Any, mine: Any, meeting: Any) -> Any:
@@ -285,25 +309,13 @@ def strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
             half //= 2
         close_all(0, maxima, sums, base, meeting_a, meeting_b)
 
-    @device
-    def finish_one(
-        v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any,
-        maxima: Any, sums: Any, shared: Any, lows: Any, gs: Any,
-    ) -> Any:  # fmt: skip
-        shared[v], lows[v] = of_row(maxima[v], sums[v])
-        is_row = column + v >= 0 and column + v < n_inner
-        if is_reduction and is_row and cuda.threadIdx.y == 0:
-            write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shared[v])
-        gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
-        return carry
-
-    return SimpleNamespace(fold=fold, meet=meet, finish=repeated(finish_one, vector), write=write)
+    return SimpleNamespace(fold=fold, meet=meet)
 
 
 @cache
 def no_states(kernel: Kernel, format: Format, vectorized: bool) -> Any:
     """Return a device function that begins the states of a lane's rows in a strip."""
-    lowest, zero = arithmetic(kernel, format).lowest, format.real(0)
+    lowest, zero = states(kernel, format).lowest, format.real(0)
 
     @device
     def begin_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any) -> Any:
@@ -321,7 +333,11 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
     element is read twice; strips are narrow enough that those under way stay in the L2 cache.
     """
     vector, _, _ = access(format, vectorized)
-    part, begin, real = strip_parts(kernel, format, vectorized), no_states(kernel, format, vectorized), format.real
+    part, begin, real = (
+        strip_parts(kernel, format, vectorized),
+        no_states(states_of(kernel), format, vectorized),
+        format.real,
+    )
     fold, meet, finish, write = part.fold, part.meet, part.finish, part.write
     is_reduction, n_meeting = kernel == "logsumexp", threads * vector
 
@@ -356,7 +372,11 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
 def strip_state_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int) -> Any:
     """Make a kernel that leaves the states of each chunk of the rows of each strip."""
     vector, _, _ = access(format, vectorized)
-    part, begin, real = strip_parts(kernel, format, vectorized), no_states(kernel, format, vectorized), format.real
+    part, begin, real = (
+        strip_parts(kernel, format, vectorized),
+        no_states(states_of(kernel), format, vectorized),
+        format.real,
+    )
     fold, meet, n_meeting = part.fold, part.meet, threads * vector
 
     @device
@@ -401,12 +421,8 @@ def strip_result_kernel(kernel: Kernel, format: Format, vectorized: bool, thread
     A state is what a lane knows, with one element that is the maximum: so layers that merged some each meet as ever.
     """
     vector, _, _ = access(format, vectorized)
-    part, begin, compute = (
-        strip_parts(kernel, format, vectorized),
-        no_states(kernel, format, vectorized),
-        arithmetic(kernel, format),
-    )
-    meet, finish, write = part.meet, part.finish, part.write
+    part, begin = strip_parts(kernel, format, vectorized), no_states(states_of(kernel), format, vectorized)
+    meet, finish, write, compute = part.meet, part.finish, part.write, states(kernel, format)
     advance, larger, real, one = compute.advance, compute.largest, format.real, format.real(1)
     is_reduction, n_meeting = kernel == "logsumexp", threads * vector
 

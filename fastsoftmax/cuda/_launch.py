@@ -19,8 +19,8 @@ from numba import cuda
 
 from fastsoftmax._dispatch import BackendUnavailableError
 from fastsoftmax._layout import Dimension, Layout
-from fastsoftmax.cuda import _kernels
-from fastsoftmax.cuda._functions import PRODUCTS, Kernel, n_inputs
+from fastsoftmax.cuda import _kernels, _weighted
+from fastsoftmax.cuda._functions import Kernel, n_inputs, states_of
 from fastsoftmax.cuda._plan import MEETING_BYTES, MOST_THREADS, VECTOR_BYTES, Device, LaunchPlan, tile_vectors
 from fastsoftmax.cuda._vectors import Format
 
@@ -68,9 +68,7 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
         signature = _kernels.signature(format, make(), len(kept) // 4, len(reduced) // 4)
         return Launch(make, signature, grid, plan.block, arguments, plan.shared_bytes)
 
-    # The state of a chunk is the same for all that have one of this kind: one kernel serves them.
-    stateful: Kernel = kernel if kernel in PRODUCTS else "softmax"
-    chunks = plan.n_chunks, plan.chunk
+    stateful, chunks = states_of(kernel), (plan.n_chunks, plan.chunk)
     if plan.traversal == "strips":
         threads = plan.block[0] * plan.block[1]
         n_inner = layout.kept[-1].size
@@ -102,6 +100,25 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
         launch(states, n_blocks, "x", "g", "maxima", "sums", *sizes),
         launch(results, n_rows if kernel == "logsumexp" else n_blocks, "x", "y", "g", "maxima", "sums", *sizes),
     )
+
+
+def weighted_launches(format: Format, layout: Layout, plan: LaunchPlan, has_signs: bool) -> tuple[Launch, ...]:
+    """Return the launches that carry out a plan of `choose_weighted`, in order."""
+    kept, reduced = _dimensions(layout.kept, format.itemsize), _dimensions(layout.reduced, format.itemsize)
+    n_lanes, n_side = plan.threads_per_row, plan.rows_per_block
+    side_step, lane_step = (1, n_side) if plan.traversal == "strips" else (n_lanes, 1)
+    n_blocks = -(-layout.n_rows // n_side)
+    sizes = layout.n_rows, layout.n_cols, plan.n_chunks, plan.chunk or layout.n_cols
+    arguments = *sizes, n_side, n_lanes, side_step, lane_step, int(has_signs), kept, reduced
+
+    def launch(is_first: bool, is_last: bool, grid: int) -> Launch:
+        make = partial(_weighted.weighted_kernel, format, is_first, is_last)
+        signature = _kernels.signature(format, make(), len(kept) // 4, len(reduced) // 4)
+        return Launch(make, signature, grid, plan.block, ("x", "y", "g", "signs", "states", *arguments), 0)
+
+    if plan.n_chunks == 1:
+        return (launch(True, True, n_blocks),)
+    return launch(True, False, n_blocks * plan.n_chunks), launch(False, True, n_blocks)
 
 
 def _dimensions(dimensions: tuple[Dimension, ...], itemsize: int) -> tuple[int, ...]:
@@ -198,7 +215,7 @@ class Prepared:
             self._bound = [_Bound(launch, device) for launch in launches]
 
     def run(self, addresses: Mapping[str, int], stream: int) -> None:
-        """Queue the launches on a stream; ``addresses`` are those of x, y and g."""
+        """Queue the launches on a stream; ``addresses`` are those of x, y, g and signs."""
         error, current = driver.cuCtxGetDevice()
         if error or int(current) != self._device:
             with cuda.gpus[self._device]:
@@ -213,13 +230,14 @@ class Prepared:
                     bound.launch(addresses, stream)
             return
         # Allocated and freed in the order of the stream: another call may have the memory when this one is through.
-        maxima = int(checked(driver.cuMemAllocAsync(2 * self._state_bytes, stream)))
+        states = int(checked(driver.cuMemAllocAsync(2 * self._state_bytes, stream)))
+        addresses = {**addresses, "states": states, "maxima": states, "sums": states + self._state_bytes}
         try:
             with self._lock:
                 for bound in self._bound:
-                    bound.launch({**addresses, "maxima": maxima, "sums": maxima + self._state_bytes}, stream)
+                    bound.launch(addresses, stream)
         finally:
-            checked(driver.cuMemFreeAsync(maxima, stream))
+            checked(driver.cuMemFreeAsync(states, stream))
 
 
 class _Bound:
@@ -255,6 +273,12 @@ def prepare(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, ad
     n_states = layout.n_rows * plan.n_chunks if plan.chunk else 0
     steps = launches(kernel, format, layout, plan, address % VECTOR_BYTES)
     return Prepared(steps, n_states, np.dtype(format.real).itemsize, device)
+
+
+def prepare_weighted(format: Format, layout: Layout, plan: LaunchPlan, has_signs: bool, device: int) -> Prepared:
+    """Prepare the launches of a plan of `choose_weighted`."""
+    n_numbers = layout.n_rows * plan.n_chunks * _weighted.N_NUMBERS if plan.chunk else 0
+    return Prepared(weighted_launches(format, layout, plan, has_signs), -(-n_numbers // 2), 8, device)
 
 
 _kernel_handles: dict[tuple[Any, ...], tuple[Any, Any]] = {}

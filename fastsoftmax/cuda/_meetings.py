@@ -23,9 +23,12 @@ from fastsoftmax.cuda._vectors import Format
 @cache
 def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
     """Return device functions by which lanes meet: so many neighbours of a warp, or all of a block if that is 0."""
-    larger = _state.on_device(precision).larger
-    real = np.float64 if precision == "double" else np.float32
-    n_steps = (lanes or 32).bit_length() - 1
+    return _meeting_in_a_warp(precision, lanes) if lanes else _meeting_of_a_block(precision)
+
+
+@cache
+def _meeting_in_a_warp(precision: Precision, lanes: int) -> SimpleNamespace:
+    larger, n_steps = _state.on_device(precision).larger, lanes.bit_length() - 1
 
     @device
     def warp_largest(value: Any) -> Any:
@@ -39,8 +42,14 @@ def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
             value += _instructions.exchange(value, 1 << step)
         return value
 
-    if lanes:
-        return SimpleNamespace(largest=warp_largest, sum=warp_sum)
+    return SimpleNamespace(largest=warp_largest, sum=warp_sum)
+
+
+def _meeting_of_a_block(precision: Precision) -> SimpleNamespace:
+    """Return device functions by which warps meet: each leaves its value, and every lane goes through all of them."""
+    larger, in_warp = _state.on_device(precision).larger, _meeting_in_a_warp(precision, 32)
+    warp_largest, warp_sum = in_warp.largest, in_warp.sum
+    real = np.float64 if precision == "double" else np.float32
 
     @device
     def block_largest(value: Any) -> Any:

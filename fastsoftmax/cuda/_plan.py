@@ -39,6 +39,9 @@ CHUNK_THREADS, MOST_CHUNKS = 256, 1024
 # strip that is not split in about the time of a second launch, 3 us.
 STRIP_THREADS, SECTOR_BYTES, MOST_STRIP_BYTES = 512, 32, 256 * 1024
 
+# Threads of a block of rows with factors. Their states take some 100 registers of each.
+WEIGHTED_THREADS = 128
+
 # Of the L2 cache, for what is to be read again; the rest is for what is written meanwhile.
 CACHE_SHARE = 0.7
 
@@ -135,6 +138,24 @@ def choose(layout: Layout, phases: tuple[int, ...], device: Device, n_inputs: in
         return LaunchPlan("rows", vector, threads, ROWS_THREADS // threads, -(-n_vectors // threads))
     held = held if n_vectors <= MOST_THREADS * held else most_held
     return LaunchPlan("rows", vector, -(-n_vectors // (WARP * held)) * WARP, 1, held)
+
+
+def choose_weighted(layout: Layout, device: Device) -> LaunchPlan:
+    """Choose the plan for sums with factors, ``b`` of the layout: by elements, and in chunks where rows are few.
+
+    Neighbouring lanes have neighbouring elements: of a row, or of rows that lie side by side.
+    """
+    n_cols, itemsize = layout.n_cols, layout.itemsize
+    is_strip = bool(layout.kept) and layout.kept[-1].x_stride == itemsize != layout.reduced[-1].x_stride
+    narrowest = min(_power_of_two(layout.kept[-1].size), WARP) if is_strip else 1
+    lanes = min(_power_of_two(n_cols), WEIGHTED_THREADS // narrowest)
+    n_side = WEIGHTED_THREADS // lanes
+    unit, n_blocks = lanes * IN_FLIGHT, -(-layout.n_rows // n_side)
+    n_chunks = min(-(-n_cols // unit), max(4 * device.n_multiprocessors // n_blocks, 1), MOST_CHUNKS)
+    chunk = unit * -(-n_cols // (unit * n_chunks))
+    n_chunks = -(-n_cols // chunk)
+    traversal: Traversal = "strips" if is_strip else "split" if n_chunks > 1 else "rows"
+    return LaunchPlan(traversal, 1, lanes, n_side, n_chunks=n_chunks, chunk=chunk if n_chunks > 1 else 0)
 
 
 def tile_vectors(n_inputs: int) -> int:

@@ -2,6 +2,9 @@
 
 With two inputs, the words of a vector of x are followed in registers by those of the same vector of g. In shared memory
 the vectors of all lanes lie side by side, as a layer; there a layer of x is followed by that of g.
+
+What reads elements and takes them into states is made for `states_of` a kernel: Numba, whose time is in functions more
+than in kernels, compiles it once for softmax, log_softmax, logsumexp and the product of that.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 from numba import cuda
 
 from fastsoftmax.cuda import _instructions
-from fastsoftmax.cuda._functions import Kernel, arithmetic, n_inputs
+from fastsoftmax.cuda._functions import Kernel, n_inputs, results, states, states_of
 from fastsoftmax.cuda._instructions import device
 from fastsoftmax.cuda._plan import IN_FLIGHT, tile_vectors
 from fastsoftmax.cuda._vectors import Format, access, elements, places, repeated, vectors
@@ -47,13 +50,12 @@ def second_input(kernel: Kernel, format: Format, vectorized: bool) -> Any:
 
 
 @cache
-def along_rows(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
-    """Return device functions for the words of a vector of one row: take them into a state, or make their results."""
+def folding(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return device functions that take the words of a vector of one row into a state."""
     _, n_words, per_word = access(format, vectorized)
-    compute, zero = arithmetic(kernel, format), format.real(0)
-    value, pack = elements(format).value, elements(format).pack
-    g_of = second_input(kernel, format, vectorized)
-    reference, add_element, of_element, larger = compute.reference, compute.add, compute.of_element, compute.largest
+    compute, zero, value = states(kernel, format), format.real(0), elements(format).value
+    g_of = second_input(states_of(kernel), format, vectorized)
+    reference, add_element, larger = compute.reference, compute.add, compute.largest
 
     @device
     def largest_of_word(w: Any, maximum: Any, words: Any, position: Any) -> Any:
@@ -70,6 +72,25 @@ def along_rows(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamesp
             sum, ties = add_element(sum, ties, second, g, maximum, offset, shift)
         return sum, ties
 
+    largest, add_words = repeated(largest_of_word, n_words), repeated(add_word, n_words)
+
+    @device
+    def add(sum: Any, ties: Any, words: Any, position: Any, maximum: Any) -> Any:
+        offset, shift = reference(maximum)
+        of_vector, ties = add_words((zero, ties), words, position, maximum, offset, shift)
+        return sum + of_vector, ties
+
+    return SimpleNamespace(largest=largest, add=add)
+
+
+@cache
+def vector_results(kernel: Kernel, format: Format, vectorized: bool) -> Any:
+    """Return a device function that turns the words of a vector of one row into those of its results."""
+    _, n_words, per_word = access(format, vectorized)
+    zero, value, pack = format.real(0), elements(format).value, elements(format).pack
+    reference, of_element = states(kernel, format).reference, results(kernel, format).of_element
+    g_of = second_input(states_of(kernel), format, vectorized)
+
     @device
     def result_of_word(
         w: Any, carry: Any, words: Any, position: Any,
@@ -84,37 +105,53 @@ def along_rows(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamesp
         words[place] = pack(first, second)
         return carry
 
-    largest, add_words = repeated(largest_of_word, n_words), repeated(add_word, n_words)
     result_of_words = repeated(result_of_word, n_words)
 
     @device
-    def add(sum: Any, ties: Any, words: Any, position: Any, maximum: Any) -> Any:
-        offset, shift = reference(maximum)
-        of_vector, ties = add_words((zero, ties), words, position, maximum, offset, shift)
-        return sum + of_vector, ties
-
-    @device
-    def results(words: Any, position: Any, maximum: Any, shared: Any, low: Any, g: Any) -> Any:
+    def make_results(words: Any, position: Any, maximum: Any, shared: Any, low: Any, g: Any) -> Any:
         offset, shift = reference(maximum)
         result_of_words(0, words, position, maximum, offset, shift, shared, low, g)
 
-    return SimpleNamespace(largest=largest, add=add, results=results)
+    return make_results
 
 
 @cache
 def tiles(kernel: Kernel, format: Format, vectorized: bool, count: int) -> SimpleNamespace:
     """Return device functions for so many vectors of a row that a lane has in registers, ``step`` elements apart.
 
-    ``read`` and ``write`` move them; ``copy`` reads them to shared memory, where those of a block's lanes lie side by
-    side, and ``take`` has them from there. ``largest`` and ``add`` take them into the state of the lane.
+    ``read`` reads them to registers; ``copy`` to shared memory, where those of a block's lanes lie side by side, and
+    ``take`` has them from there. ``largest`` and ``add`` take them into the state of the lane, ``write`` writes their
+    results.
     """
+    _, n_words, _ = access(format, vectorized)
+    n_vector = n_inputs(kernel) * n_words
+    store = vectors(format, vectorized, states(kernel, format).padding).store
+    make_results = vector_results(kernel, format, vectorized)
+
+    @device
+    def write_one(
+        h: Any, carry: Any, y: Any, y_row: Any, first: Any, step: Any, n: Any, reduced: Any, words: Any,
+        maximum: Any, shared: Any, low: Any, g: Any,
+    ) -> Any:  # fmt: skip
+        i = first + h * step
+        make_results(words, h * n_vector, maximum, shared, low, g)
+        store(y, y_row + (i if vectorized else places(i, reduced)[1]), i, n, words, h * n_vector)
+        return carry
+
+    folded = _folded_tiles(states_of(kernel), format, vectorized, count)
+    return SimpleNamespace(**vars(folded), write=repeated(write_one, count))
+
+
+@cache
+def _folded_tiles(kernel: Kernel, format: Format, vectorized: bool, count: int) -> SimpleNamespace:
+    """Return what `tiles` has for all kernels with the same states."""
     _, n_words, _ = access(format, vectorized)
     inputs = n_inputs(kernel)
     is_product, n_vector = inputs == 2, inputs * n_words
-    memory = vectors(format, vectorized, arithmetic(kernel, format).padding)
-    load, store, copy, take = memory.load, memory.store, memory.copy, memory.take
-    of_vector = along_rows(kernel, format, vectorized)
-    vector_largest, vector_add, vector_results = of_vector.largest, of_vector.add, of_vector.results
+    memory = vectors(format, vectorized, states(kernel, format).padding)
+    load, copy, take = memory.load, memory.copy, memory.take
+    of_vector = folding(kernel, format, vectorized)
+    vector_largest, vector_add = of_vector.largest, of_vector.add
 
     @device
     def read_one(
@@ -154,23 +191,12 @@ def tiles(kernel: Kernel, format: Format, vectorized: bool, count: int) -> Simpl
     def add_one(h: Any, carry: Any, words: Any, maximum: Any) -> Any:
         return vector_add(carry[0], carry[1], words, h * n_vector, maximum)
 
-    @device
-    def write_one(
-        h: Any, carry: Any, y: Any, y_row: Any, first: Any, step: Any, n: Any, reduced: Any, words: Any,
-        maximum: Any, shared: Any, low: Any, g: Any,
-    ) -> Any:  # fmt: skip
-        i = first + h * step
-        vector_results(words, h * n_vector, maximum, shared, low, g)
-        store(y, y_row + (i if vectorized else places(i, reduced)[1]), i, n, words, h * n_vector)
-        return carry
-
     return SimpleNamespace(
         read=repeated(read_one, count),
         copy=repeated(copy_one, count),
         take=repeated(take_one, count),
         largest=repeated(largest_of_one, count),
         add=repeated(add_one, count),
-        write=repeated(write_one, count),
         n_words=count * n_vector,
     )
 
@@ -181,8 +207,26 @@ def ranges(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
 
     Both take the index of a lane's first element, where the part ends, the length of the row and a lane's step.
     """
-    tile, compute = tiles(kernel, format, vectorized, IN_FLIGHT), arithmetic(kernel, format)
-    read, largest, add, write, advance = tile.read, tile.largest, tile.add, tile.write, compute.advance
+    tile, word = tiles(kernel, format, vectorized, IN_FLIGHT), format.word
+    read, write, n_tile = tile.read, tile.write, tile.n_words
+
+    @device
+    def write_range(
+        x: Any, x_row: Any, y: Any, y_row: Any, g: Any, g_row: Any, begin: Any, end: Any, n: Any, step: Any,
+        reduced: Any, maximum: Any, shared: Any, low: Any, g_of_row: Any,
+    ) -> Any:  # fmt: skip
+        words = cuda.local.array(n_tile, word)
+        for first in range(begin, end, IN_FLIGHT * step):
+            read(0, x, x_row, g, g_row, first, step, n, reduced, words)
+            write(0, y, y_row, first, step, n, reduced, words, maximum, shared, low, g_of_row)
+
+    return SimpleNamespace(fold_range=_fold_range(states_of(kernel), format, vectorized), write_range=write_range)
+
+
+@cache
+def _fold_range(kernel: Kernel, format: Format, vectorized: bool) -> Any:
+    tile, advance = tiles(kernel, format, vectorized, IN_FLIGHT), states(kernel, format).advance
+    read, largest, add = tile.read, tile.largest, tile.add
     word, n_tile = format.word, tile.n_words
 
     @device
@@ -198,17 +242,7 @@ def ranges(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
             maximum = new_maximum
         return maximum, sum, ties
 
-    @device
-    def write_range(
-        x: Any, x_row: Any, y: Any, y_row: Any, g: Any, g_row: Any, begin: Any, end: Any, n: Any, step: Any,
-        reduced: Any, maximum: Any, shared: Any, low: Any, g_of_row: Any,
-    ) -> Any:  # fmt: skip
-        words = cuda.local.array(n_tile, word)
-        for first in range(begin, end, IN_FLIGHT * step):
-            read(0, x, x_row, g, g_row, first, step, n, reduced, words)
-            write(0, y, y_row, first, step, n, reduced, words, maximum, shared, low, g_of_row)
-
-    return SimpleNamespace(fold_range=fold_range, write_range=write_range)
+    return fold_range
 
 
 @cache
@@ -221,9 +255,30 @@ def stored_part(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
     one vector of every lane are.
     """
     count = tile_vectors(n_inputs(kernel))
-    tile, compute = tiles(kernel, format, vectorized, count), arithmetic(kernel, format)
-    copy, take, largest, add, write = tile.copy, tile.take, tile.largest, tile.add, tile.write
-    advance, word, n_tile, per_tile = compute.advance, format.word, tile.n_words, count * n_inputs(kernel)
+    tile, word = tiles(kernel, format, vectorized, count), format.word
+    take, write, n_tile, per_tile = tile.take, tile.write, tile.n_words, count * n_inputs(kernel)
+
+    @device
+    def write_all(
+        n_tiles: Any, y: Any, y_row: Any, first: Any, n: Any, step: Any, reduced: Any,
+        stored: Any, place: Any, layer: Any, maximum: Any, shared: Any, low: Any, g_of_row: Any,
+    ) -> Any:  # fmt: skip
+        words = cuda.local.array(n_tile, word)
+        for t in range(n_tiles):
+            take(0, stored, place + t * per_tile * layer, layer, words)
+            write(0, y, y_row, first + t * count * step, step, n, reduced, words, maximum, shared, low, g_of_row)
+
+    folded = _folded_stored_part(states_of(kernel), format, vectorized)
+    return SimpleNamespace(**vars(folded), write=write_all)
+
+
+@cache
+def _folded_stored_part(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return what `stored_part` has for all kernels with the same states."""
+    count = tile_vectors(n_inputs(kernel))
+    tile, advance = tiles(kernel, format, vectorized, count), states(kernel, format).advance
+    copy, take, largest, add = tile.copy, tile.take, tile.largest, tile.add
+    word, n_tile, per_tile = format.word, tile.n_words, count * n_inputs(kernel)
     commit, wait = _instructions.commit_copies, _instructions.await_copies(TILES_AHEAD)
 
     @device
@@ -260,17 +315,7 @@ def stored_part(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
             maximum = new_maximum
         return maximum, sum, ties
 
-    @device
-    def write_all(
-        n_tiles: Any, y: Any, y_row: Any, first: Any, n: Any, step: Any, reduced: Any,
-        stored: Any, place: Any, layer: Any, maximum: Any, shared: Any, low: Any, g_of_row: Any,
-    ) -> Any:  # fmt: skip
-        words = cuda.local.array(n_tile, word)
-        for t in range(n_tiles):
-            take(0, stored, place + t * per_tile * layer, layer, words)
-            write(0, y, y_row, first + t * count * step, step, n, reduced, words, maximum, shared, low, g_of_row)
-
-    return SimpleNamespace(begin=begin, fold=fold, write=write_all)
+    return SimpleNamespace(begin=begin, fold=fold)
 
 
 @cache
@@ -280,14 +325,55 @@ def across_rows(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
     A lane keeps what it knows of each of its rows in arrays: ``maxima``, ``sums`` and ``ties``, and in the end
     ``shared``, ``lows`` and ``gs``, the arguments of their results.
     """
+    _, n_words, per_word = access(format, vectorized)
+    compute, zero, n_vector = states(kernel, format), format.real(0), n_inputs(kernel) * n_words
+    store = vectors(format, vectorized, compute.padding).store
+    value, pack, g_of = (
+        elements(format).value,
+        elements(format).pack,
+        second_input(states_of(kernel), format, vectorized),
+    )
+    reference, of_element = compute.reference, results(kernel, format).of_element
+
+    @device
+    def result_of(words: Any, position: Any, place: Any, v: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
+        offset, shift = reference(maxima[v])
+        x, g = value(words[position], place), g_of(words, position, place, gs[v])
+        return of_element(x, g, maxima[v], offset, shift, shared[v], lows[v])
+
+    @device
+    def result_word(w: Any, carry: Any, position: Any, words: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
+        place, v = position + w, w * per_word
+        second = result_of(words, place, 1, v + 1, maxima, shared, lows, gs) if per_word == 2 else zero
+        words[place] = pack(result_of(words, place, 0, v, maxima, shared, lows, gs), second)
+        return carry
+
+    result_words = repeated(result_word, n_words)
+
+    @device
+    def write_one(
+        h: Any, carry: Any, y: Any, y_start: Any, reduced: Any, j: Any, n: Any, column: Any, n_inner: Any, words: Any,
+        maxima: Any, shared: Any, lows: Any, gs: Any,
+    ) -> Any:  # fmt: skip
+        i = j + h * cuda.blockDim.y
+        result_words(0, h * n_vector, words, maxima, shared, lows, gs)
+        width = n_inner if i < n else np.int64(0)
+        store(y, y_start + i * reduced[2] + column, column, width, words, h * n_vector)
+        return carry
+
+    folded = _folded_across_rows(states_of(kernel), format, vectorized)
+    return SimpleNamespace(**vars(folded), write=repeated(write_one, IN_FLIGHT))
+
+
+@cache
+def _folded_across_rows(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
+    """Return what `across_rows` has for all kernels with the same states."""
     vector, n_words, per_word = access(format, vectorized)
-    inputs, compute, zero = n_inputs(kernel), arithmetic(kernel, format), format.real(0)
+    inputs, compute, zero = n_inputs(kernel), states(kernel, format), format.real(0)
     is_product, n_vector = inputs == 2, inputs * n_words
-    memory = vectors(format, vectorized, compute.padding)
-    load, store, value, pack = memory.load, memory.store, elements(format).value, elements(format).pack
-    g_of = second_input(kernel, format, vectorized)
+    load, value = vectors(format, vectorized, compute.padding).load, elements(format).value
+    g_of = second_input(states_of(kernel), format, vectorized)
     advance, add_element, larger, reference = compute.advance, compute.add, compute.largest, compute.reference
-    of_element = compute.of_element
 
     @device
     def read_one(
@@ -321,35 +407,8 @@ def across_rows(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
         maxima[v] = maximum
         return carry
 
-    @device
-    def result_of(words: Any, position: Any, place: Any, v: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
-        offset, shift = reference(maxima[v])
-        x, g = value(words[position], place), g_of(words, position, place, gs[v])
-        return of_element(x, g, maxima[v], offset, shift, shared[v], lows[v])
-
-    @device
-    def result_word(w: Any, carry: Any, position: Any, words: Any, maxima: Any, shared: Any, lows: Any, gs: Any) -> Any:
-        place, v = position + w, w * per_word
-        second = result_of(words, place, 1, v + 1, maxima, shared, lows, gs) if per_word == 2 else zero
-        words[place] = pack(result_of(words, place, 0, v, maxima, shared, lows, gs), second)
-        return carry
-
-    result_words = repeated(result_word, n_words)
-
-    @device
-    def write_one(
-        h: Any, carry: Any, y: Any, y_start: Any, reduced: Any, j: Any, n: Any, column: Any, n_inner: Any, words: Any,
-        maxima: Any, shared: Any, lows: Any, gs: Any,
-    ) -> Any:  # fmt: skip
-        i = j + h * cuda.blockDim.y
-        result_words(0, h * n_vector, words, maxima, shared, lows, gs)
-        width = n_inner if i < n else np.int64(0)
-        store(y, y_start + i * reduced[2] + column, column, width, words, h * n_vector)
-        return carry
-
     return SimpleNamespace(
         read=repeated(read_one, IN_FLIGHT),
         fold=repeated(fold_one, vector),
-        write=repeated(write_one, IN_FLIGHT),
         n_words=IN_FLIGHT * n_vector,
     )

@@ -168,7 +168,7 @@ class Prepared:
         streams.append(stream)
         states = allocate(2 * self.state_bytes)
         start = states.ctypes.data
-        addresses = {**addresses, "maxima": start, "sums": start + self.state_bytes}
+        addresses = {**addresses, "states": start, "maxima": start, "sums": start + self.state_bytes}
         for launch in self.launches:
             arguments = [
                 Pointer(addresses[argument], _dtype(type)) if isinstance(argument, str) else argument

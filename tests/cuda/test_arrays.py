@@ -166,6 +166,27 @@ def test_results_are_handed_back_by_dlpack(gpu):
     assert np.allclose(result.elements, p * (g - (p * g).sum(1, keepdims=True)), rtol=1e-5, atol=1e-6)
 
 
+def test_factors_and_signs_belong_to_the_library(gpu):
+    a, b = normals((3, 4)), normals((4,))
+    for b_stream, waits in ((5, [(0, "behind", 5)]), (None, [])):
+        factors = Named(on_device(gpu, b), stream=b_stream)
+        found, sign = fastsoftmax.logsumexp(Named(on_device(gpu, a)), 1, factors, return_sign=True)
+        assert gpu.streams == [*waits, 0]
+        gpu.streams.clear()
+        assert type(found) is type(sign) is Named
+    total = (b * np.exp(a.astype(float))).sum(1)
+    assert sign.elements.tolist() == np.sign(total).tolist()
+    np.testing.assert_allclose(found.elements, np.log(np.abs(total)), rtol=1e-6)
+    lender, factors = (Namespaced(on_device(gpu, one)) for one in (a, b))
+    results = fastsoftmax.logsumexp(lender, 1, factors, return_sign=True)
+    assert (lender.asked, factors.asked) == ([7, "handed back", "handed back"], [7])
+    for result, expected in zip(results, (found, sign), strict=True):
+        assert type(result) is Namespaced
+        np.testing.assert_array_equal(result.elements, expected.elements)
+    with pytest.raises(TypeError, match="b must be a number or a Namespaced on the same device, as a is"):
+        fastsoftmax.logsumexp(lender, 1, b)
+
+
 def test_nothing_is_copied(gpu):
     memory = on_device(gpu, normals((3, 10)))
     lender = Namespaced(memory)
