@@ -24,13 +24,14 @@ cdef extern from *:
     """
     #define LOG2_E 1.4426950408889634
     #define LN2 0.6931471805599453
+    #define LN2_REST 2.3190468138462996e-17
     /* ln 2 = high + low, the first short enough for k * high to be exact (Cody and Waite). */
     #define LN2_HIGH_F64 6.93147180369123816490e-01
     #define LN2_LOW_F64 1.90821492927058770002e-10
     #define LN2_HIGH_F32 0.693359375
     #define LN2_LOW_F32 -2.12194440e-4
     """
-    const double LOG2_E, LN2, LN2_HIGH_F32, LN2_LOW_F32, LN2_HIGH_F64, LN2_LOW_F64
+    const double LOG2_E, LN2, LN2_REST, LN2_HIGH_F32, LN2_LOW_F32, LN2_HIGH_F64, LN2_LOW_F64
 
 
 cdef struct State:
