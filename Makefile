@@ -26,10 +26,11 @@ compare: $(PEERS) ## Hold fastsoftmax against its targets, at 1 and 2 threads: b
 figures: $(PEERS) ## Measure and draw the figures of docs/performance.md: build/figures.json
 	$(BIN)/python benchmarks/figures.py --json build/figures.json
 
-# Whole files go to processes, as some of their fixtures compile for minutes.
+# Whole files go to processes, as some of their fixtures compile for minutes; in the order of their names, which ends
+# with short ones.
 test: lint ## Lint, then run every test and doctest; a warning is an error
 	find fastsoftmax -name '*.nb[ci]' -delete  # Numba's cache does not notice edits in other files
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # With the Python of a machine that has a card, numba-cuda and pytest, and perhaps no package registry: from the source
 # tree, where the extension need not be built. SANITIZER= leaves compute-sanitizer out.

@@ -532,18 +532,27 @@ def _dtypes(dtype: np.dtype[Any], function: Function) -> tuple[np.dtype[Any], np
     return (_FLOAT32, native) if dtype.itemsize == 2 else (native, native)
 
 
+def _read_as(module: BackendModule, x: Array, working: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that a backend reads ``x`` in: its own, or the one that is computed in."""
+    # Looking up the name of a dtype takes longer than a short row.
+    is_read = x.dtype.itemsize == 2 and x.dtype.name in module.READS
+    return x.dtype.newbyteorder("=") if is_read else working
+
+
 @lru_cache(maxsize=1024)
+def _is_among(dtype: np.dtype[Any], names: frozenset[str]) -> bool:
+    """Whether a dtype has one of these names; remembered, for looking it up takes longer than a short row."""
+    return dtype.name in names
+
+
 def _read_and_written_as(
     module: BackendModule, given: np.dtype[Any], working: np.dtype[Any], result: np.dtype[Any]
 ) -> tuple[np.dtype[Any], np.dtype[Any]]:
-    """Return the dtypes in which a backend reads and writes elements: their own, or what is computed in.
-
-    Remembered, for looking up the name of a dtype takes longer than a short row.
-    """
-    native = given.newbyteorder("=")
-    if native == result and working == _FLOAT32 and native.name in module.READS:
+    """Return the dtypes in which a backend reads elements and writes results: their own, or what is computed in."""
+    native = given if given.isnative else given.newbyteorder("=")
+    if native == result and working == _FLOAT32 and _is_among(native, module.READS):
         return native, native
-    return (native, result) if native.name in module.CONVERTS else (working, working)
+    return (native, result) if _is_among(native, module.CONVERTS) else (working, working)
 
 
 def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> None:

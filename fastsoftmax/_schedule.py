@@ -46,9 +46,15 @@ class Schedule:
     n_blocks: int = 1
 
 
+# So much is counted on of a larger last level, which many cores share and a virtual machine is told in whole. On one
+# told 480 MiB, results past 64 MiB of input and output are written as fast past the caches as into them, and beyond
+# 100 MiB faster: (8192, 4096) float32 take 21 ms instead of 27, (4096, 4096) over axis 0 15 instead of 25.
+_MAX_LAST_LEVEL_BYTES = 64 * 1024 * 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Caches:
-    """Sizes in bytes of one core's private cache and of the last cache level."""
+    """Sizes in bytes of one core's private cache and of what a call can count on of the last cache level."""
 
     private: int
     last_level: int
@@ -66,7 +72,8 @@ def cache_sizes() -> Caches:
         except (OSError, ValueError):
             continue
     private = sizes.get(2, 512 * 1024)
-    return Caches(private, max(sizes.get(max(sizes, default=0), 0), 8 * 1024 * 1024, private))
+    last_level = min(sizes.get(max(sizes, default=0), 0), _MAX_LAST_LEVEL_BYTES)
+    return Caches(private, max(last_level, 8 * 1024 * 1024, private))
 
 
 _thread_limit: int | None = None

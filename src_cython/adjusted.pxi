@@ -223,7 +223,7 @@ cdef void run_adjusted_turned(
     const void* x, vec* y, Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* scratch
 ) noexcept nogil:
     """`run_turned`; `scratch` has room for the rows too, where they are collected if need be."""
-    cdef vec* rows = scratch + 2 * TURNED_TILES * n
+    cdef vec* rows = scratch + 2 * turned_tiles(n) * n
     cdef Py_ssize_t x_stride = job.kept.x_stride[0], size = n * itemsize(<const vec*>rows), mask_stride, row
     cdef const char* mask = job.adjusted.mask
     cdef Storage storage = job.adjusted.x_storage

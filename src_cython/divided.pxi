@@ -2,9 +2,9 @@
 
 With a temperature T, a term is exp((x - m) / T) with the maximum m of the whole row: it cannot overflow, however small
 T is. The quotient is never rounded: half an ULP of x / T = 80 in float32 would make 40 ULP of the exponential. It is
-the reduction that is divided: (x - m) / T = k * ln(2) + r has k = (x - m) * log2(e) / T, rounded to an integer, and
-r = ((x - m) - k * T * ln(2)) / T, which is small, so that its own rounding does not matter. x - m and what it rounds off
-are exact, and T * ln(2) has two parts. All terms are relative to the same power of two, so that chunks merge exactly.
+the reduction of `exp_parts` that is divided: (x - m) * log2(e) / T = k + f with log2(e) / T in two parts, or without a
+table (x - m) / T = k * ln(2) + r with r = ((x - m) - k * T * ln(2)) / T and T * ln(2) in two parts. x - m is exact with
+what it rounds off. All terms are relative to the same power of two, so that chunks merge exactly.
 
 Logarithms need the quotient itself, which has two parts there. Rows side by side are tiles, as in tiles.pxi: the bits
 are those of a row alone here too.
@@ -18,9 +18,10 @@ cdef enum:
     INVERSE      # INVERSE + INVERSE_LOW = 1 / T
     INVERSE_LOW
     LOWEST       # differences that lie so far below contribute less than any result can show
-    PER_POWER    # log2(e) * powers / T
+    PER_POWER    # PER_POWER + PER_POWER_LOW = log2(e) * powers / T
+    PER_POWER_LOW
     ROUNDER      # as the MAGIC of a reference
-    POWER_HIGH   # POWER_HIGH + POWER_LOW = T * ln(2) / powers, the first short enough for its product with k to be exact
+    POWER_HIGH   # POWER_HIGH + POWER_LOW = T * ln(2), the first short enough for its product with k to be exact
     POWER_LOW
     DIVISOR      # registers
 
@@ -29,22 +30,29 @@ cdef Temperature temperature_of(double value, const vec* like) noexcept nogil:
     """A temperature as factors in the range of the element type; in float32 it must be within 2**-100 and 2**100."""
     cdef Temperature result
     cdef int exponent, limit = <int>by_type(100.0, 1000.0, like)
-    cdef double t = frexp(value, &exponent), inverse, power, power_low
+    cdef double t = frexp(value, &exponent), inverse, inverse_low, power, power_low, per_power, per_power_low
     cdef double digits = by_type(2.0**12, 2.0**38, like)  # of the products with k, 24 and 53, less those of k
     cdef int shift = min(max(-exponent, -limit), limit)
     result.value = value
     result.shrink, result.grow = ldexp(1.0, min(shift, 0)), ldexp(1.0, max(shift, 0))
     inverse = 1.0 / t
+    inverse_low = fma(-inverse, t, 1.0) / t
     result.inverse = to_lane(inverse, like)
-    result.inverse_low = (inverse - result.inverse) + fma(-inverse, t, 1.0) / t
+    result.inverse_low = (inverse - result.inverse) + inverse_low
+    per_power = LOG2_E * inverse
+    per_power_low = fma(LOG2_E, inverse, -per_power) + (LOG2_E * inverse_low + LOG2_E_REST_F64 * inverse)
+    result.per_power = to_lane(per_power, like)
+    result.per_power_low = (per_power - result.per_power) + per_power_low
     power = t * LN2
     power_low = fma(t, LN2, -power) + t * LN2_REST
     result.power = rint(power * digits) / digits
     result.power_low = (power - result.power) + power_low
     result.inverse = ldexp(result.inverse, -exponent - shift)
     result.inverse_low = ldexp(result.inverse_low, -exponent - shift)
-    result.power = ldexp(result.power, exponent + shift) / powers(like)
-    result.power_low = ldexp(result.power_low, exponent + shift) / powers(like)
+    result.per_power = ldexp(result.per_power, -exponent - shift) * powers(like)
+    result.per_power_low = ldexp(result.per_power_low, -exponent - shift) * powers(like)
+    result.power = ldexp(result.power, exponent + shift)
+    result.power_low = ldexp(result.power_low, exponent + shift)
     result.lowest = ldexp((exponent_of_divided(like) - by_type(125.0, 1021.0, like)) * power, exponent + shift)
     return result
 
@@ -55,7 +63,8 @@ cdef inline void make_divisor(const Temperature* temperature, vec largest, vec* 
     divisor[INVERSE] = splat(temperature.inverse, divisor)
     divisor[INVERSE_LOW] = splat(temperature.inverse_low, divisor)
     divisor[LOWEST] = splat(temperature.lowest, divisor)
-    divisor[PER_POWER] = splat(LOG2_E * powers(divisor) * temperature.inverse, divisor)
+    divisor[PER_POWER] = splat(temperature.per_power, divisor)
+    divisor[PER_POWER_LOW] = splat(temperature.per_power_low, divisor)
     divisor[ROUNDER] = magic_for(splat(exponent_of_divided(divisor), divisor))
     divisor[POWER_HIGH] = splat(temperature.power, divisor)
     divisor[POWER_LOW] = splat(temperature.power_low, divisor)
@@ -85,7 +94,7 @@ cdef inline void divided_parts(
     const vec* x, vec* heads, vec* factors, vec* rests, int count, const vec* divisor
 ) noexcept nogil:
     """`exp_parts` for quotients."""
-    cdef vec[GROUP] z, error, magic, k, r, r_low, q
+    cdef vec[GROUP] z, error, magic, k, f, r, r_low, q
     cdef vec one = splat(1.0, x), zero = splat(0.0, x), table_error
     cdef int j
     for j in range(count):
@@ -97,18 +106,22 @@ cdef inline void divided_parts(
         magic[j] = z[j] * divisor[PER_POWER] + divisor[ROUNDER]
     for j in range(count):
         k[j] = magic[j] - divisor[ROUNDER]
+    if powers(x) > 1:
+        for j in range(count):
+            f[j] = fused(z[j], divisor[PER_POWER], -k[j])
+        for j in range(count):
+            f[j] = fused(z[j], divisor[PER_POWER_LOW], f[j])
+        for j in range(count):
+            f[j] = fused(error[j], divisor[PER_POWER], f[j])
+        exp2_slope(f, q, count)
+        for j in range(count):
+            heads[j] = times_power(root_of_two(magic[j], &table_error), magic[j])
+            factors[j], rests[j] = heads[j], fused(f[j], q[j], table_error)
+        return
     for j in range(count):
         z[j] = z[j] - k[j] * divisor[POWER_HIGH]
     for j in range(count):
         r[j] = z[j] - k[j] * divisor[POWER_LOW]
-    if powers(x) > 1:
-        for j in range(count):
-            r[j] = (r[j] + error[j]) * divisor[INVERSE]
-        exp_tail(r, q, count)
-        for j in range(count):
-            heads[j] = times_power(root_of_two(magic[j], &table_error), magic[j])
-            factors[j], rests[j] = heads[j], r[j] * r[j] * q[j] + (r[j] + table_error)
-        return
     for j in range(count):
         # The error may be a few hundred ULP of r: too much to be left to the linear term alone.
         r_low[j] = error[j] + ((z[j] - r[j]) - k[j] * divisor[POWER_LOW])

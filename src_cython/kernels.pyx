@@ -60,6 +60,8 @@ cdef struct Temperature:  # with what a quotient is made of: see divided.pxi
     double inverse
     double inverse_low
     double lowest
+    double per_power
+    double per_power_low
     double power
     double power_low
 
@@ -223,8 +225,8 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         n_units = total_size(&job.kept) * n_strips
         scratch_bytes = strip_columns(n, x) * itemsize(x) * tile_registers(n, x)
     elif job.traversal == TILES:
-        n_together = TURNED_TILES * lanes(x)
-        scratch_bytes = (2 if job.adjusted == NULL else 3) * TURNED_TILES * n * REGISTER_BYTES
+        n_together = turned_tiles(n) * lanes(x)
+        scratch_bytes = (2 if job.adjusted == NULL else 3) * turned_tiles(n) * n * REGISTER_BYTES
     elif job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     else:

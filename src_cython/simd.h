@@ -273,7 +273,6 @@ DEFINE_PERMUTATIONS(f64v, double)
 /* As many blocks of 16 bytes as a register has, `step` bytes apart in memory. */
 typedef float block __attribute__((vector_size(16)));
 typedef float block_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-enum { BLOCKS = REGISTER_BYTES / 16 };
 #if REGISTER_BYTES == 64
 static inline f32v f32v_load_blocks(const char *p, long step)
 {
@@ -289,23 +288,20 @@ static inline void f32v_store_blocks(char *p, long step, f32v v)
     *(block_unaligned *)(p + 2 * step) = _mm512_extractf32x4_ps((__m512)v, 2);
     *(block_unaligned *)(p + 3 * step) = _mm512_extractf32x4_ps((__m512)v, 3);
 }
-#else
+#elif REGISTER_BYTES == 32
 static inline f32v f32v_load_blocks(const char *p, long step)
 {
-    block v[BLOCKS];
-    f32v result;
-    for (int i = 0; i < BLOCKS; i++)
-        v[i] = *(const block_unaligned *)(p + i * step);
-    memcpy(&result, v, sizeof v);
-    return result;
+    __m256 v = _mm256_castps128_ps256(*(const block_unaligned *)p);
+    return (f32v)_mm256_insertf128_ps(v, *(const block_unaligned *)(p + step), 1);
 }
 static inline void f32v_store_blocks(char *p, long step, f32v v)
 {
-    block blocks[BLOCKS];
-    memcpy(blocks, &v, sizeof v);
-    for (int i = 0; i < BLOCKS; i++)
-        *(block_unaligned *)(p + i * step) = blocks[i];
+    *(block_unaligned *)p = _mm256_castps256_ps128((__m256)v);
+    *(block_unaligned *)(p + step) = _mm256_extractf128_ps((__m256)v, 1);
 }
+#else
+static inline f32v f32v_load_blocks(const char *p, long step) { return (f32v)*(const block_unaligned *)p; }
+static inline void f32v_store_blocks(char *p, long step, f32v v) { *(block_unaligned *)p = (block)v; }
 #endif
 static inline f64v f64v_load_blocks(const char *p, long step) { return (f64v)f32v_load_blocks(p, step); }
 static inline void f64v_store_blocks(char *p, long step, f64v v) { f32v_store_blocks(p, step, (f32v)v); }
@@ -426,6 +422,36 @@ static inline f64v f64v_drop_first_equal(f64v v, f64v keys, double key)
 
 #else
 
+#if REGISTER_BYTES == 32
+/* By a mask, not by memcpy, which is called for a length that the compiler does not know: (1000, 28) float32 take
+ * 32 us instead of 66. Whole registers are stored without one, as AMD's processors take their time with those. */
+static inline f32v f32v_load_first(const f32v *p, int count, f32v fill)
+{
+    __m256i mask = (__m256i)((u32v){0, 1, 2, 3, 4, 5, 6, 7} < (u32v){0} + (uint32_t)count);
+    return (f32v)_mm256_blendv_ps((__m256)fill, _mm256_maskload_ps((const float *)p, mask), (__m256)mask);
+}
+static inline f64v f64v_load_first(const f64v *p, int count, f64v fill)
+{
+    __m256i mask = (__m256i)((u64v){0, 1, 2, 3} < (u64v){0} + (uint64_t)count);
+    return (f64v)_mm256_blendv_pd((__m256d)fill, _mm256_maskload_pd((const double *)p, mask), (__m256d)mask);
+}
+static inline void f32v_store_first(f32v *p, f32v v, int count)
+{
+    __m256i mask = (__m256i)((u32v){0, 1, 2, 3, 4, 5, 6, 7} < (u32v){0} + (uint32_t)count);
+    if (count == 8)
+        f32v_store(p, v);
+    else
+        _mm256_maskstore_ps((float *)p, mask, (__m256)v);
+}
+static inline void f64v_store_first(f64v *p, f64v v, int count)
+{
+    __m256i mask = (__m256i)((u64v){0, 1, 2, 3} < (u64v){0} + (uint64_t)count);
+    if (count == 4)
+        f64v_store(p, v);
+    else
+        _mm256_maskstore_pd((double *)p, mask, (__m256d)v);
+}
+#else
 #define DEFINE_PARTIAL_ACCESS(T, real)                                                                                 \
     static inline T T##_load_first(const T *p, int count, T fill)                                                      \
     {                                                                                                                  \
@@ -440,7 +466,13 @@ static inline f64v f64v_drop_first_equal(f64v v, f64v keys, double key)
             T##_store(p, v);                                                                                           \
         else                                                                                                           \
             memcpy(p, &v, count * sizeof(real));                                                                       \
-    }                                                                                                                  \
+    }
+
+DEFINE_PARTIAL_ACCESS(f32v, float)
+DEFINE_PARTIAL_ACCESS(f64v, double)
+#endif
+
+#define DEFINE_DROP_FIRST_EQUAL(T, real)                                                                               \
     static inline T T##_drop_first_equal(T v, T keys, double key)                                                      \
     {                                                                                                                  \
         for (unsigned lane = 0; lane < sizeof(T) / sizeof(real); lane++) {                                             \
@@ -452,8 +484,8 @@ static inline f64v f64v_drop_first_equal(f64v v, f64v keys, double key)
         return v;                                                                                                      \
     }
 
-DEFINE_PARTIAL_ACCESS(f32v, float)
-DEFINE_PARTIAL_ACCESS(f64v, double)
+DEFINE_DROP_FIRST_EQUAL(f32v, float)
+DEFINE_DROP_FIRST_EQUAL(f64v, double)
 
 #endif
 

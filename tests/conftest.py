@@ -101,7 +101,7 @@ def run_python(code, environment):
         capture_output=True,
         check=False,
         text=True,
-        timeout=120,
+        timeout=600,  # Numba compiles for minutes where other processes share the machine
     )
 
 

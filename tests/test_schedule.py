@@ -66,6 +66,15 @@ def test_cache_sizes_where_the_system_does_not_tell(monkeypatch):
     assert (caches.private, caches.last_level) == (512 * 1024, 8 * 1024 * 1024)
 
 
+def test_a_last_level_that_many_cores_share_counts_in_part(monkeypatch, tmp_path):
+    for level, size in ((2, 2), (3, 480)):
+        (index := tmp_path / f"index{level}").mkdir()
+        for name, text in (("type", "Unified"), ("level", f"{level}"), ("size", f"{size * 1024}K")):
+            (index / name).write_text(text)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: tmp_path.iterdir())
+    assert cache_sizes.__wrapped__() == Caches(2 * 1024 * 1024, 64 * 1024 * 1024)
+
+
 # The choice of the compiled backend
 
 
@@ -248,7 +257,7 @@ def test_results_do_not_depend_on_the_schedule(
 @pytest.mark.parametrize("backend", TIERS, indirect=True)
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(
-    ("shape", "traversal"), [((80, 512), "rows"), ((300, 130), "rows"), ((150, 101), "rows"), ((777, 37), "tiles")]
+    ("shape", "traversal"), [((80, 512), "rows"), ((300, 130), "rows"), ((150, 101), "rows"), ((777, 27), "tiles")]
 )
 def test_16_bit_results_do_not_depend_on_the_schedule(backend, monkeypatch, dtype, shape, traversal):
     """They are those of small caches, of a row alone, of a row that is collected, and of a column."""
@@ -272,7 +281,7 @@ def test_16_bit_results_do_not_depend_on_the_schedule(backend, monkeypatch, dtyp
         np.testing.assert_array_equal(collected.copy().view(np.uint16), expected.view(np.uint16))
 
 
-@pytest.mark.parametrize("n_cols", [1, 2, 7, 16, 33, 48])
+@pytest.mark.parametrize("n_cols", [1, 2, 7, 16, 29, 32])
 @pytest.mark.parametrize("kind", ["normal", "wide", "anything", "lowest first", "straddling an offset"])
 def test_a_tile_gives_each_row_the_bits_it_has_alone(backend, function, dtype, n_cols, kind):
     if not backend.has_kernels:

@@ -31,6 +31,12 @@ def threads_that_ran(n_blocks, n_threads):
     return sorted(runs), len(seen)
 
 
+def run_on_two_threads():
+    """Run two blocks, each of which waits for the other to have begun."""
+    barrier = threading.Barrier(2, timeout=60)
+    _threads.run_blocks(lambda block: barrier.wait(), 2, 2)
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
 @pytest.mark.parametrize("n_blocks", [0, 1, 2, 7, 40])
 def test_every_block_runs_once(n_blocks, n_threads):
@@ -52,9 +58,9 @@ def test_one_after_the_other():
 
 
 def test_helpers_that_sleep_wake_up():
-    assert threads_that_ran(20, 2)[1] == 2
+    run_on_two_threads()
     time.sleep(0.2)  # they look for work for far less than that
-    assert threads_that_ran(20, 2)[1] == 2
+    run_on_two_threads()
 
 
 def test_callers_that_find_the_pool_taken_do_without():
@@ -99,12 +105,15 @@ def test_a_forked_child_has_threads_of_its_own(busy):
         for _ in range(10):
             child = os.fork()
             if child == 0:
-                runs, n_seen = threads_that_ran(10, 2)
-                os._exit(n_seen if runs == list(range(10)) else 99)
-            deadline = time.monotonic() + 60
+                try:
+                    run_on_two_threads()
+                    os._exit(0 if threads_that_ran(10, 2)[0] == list(range(10)) else 99)
+                finally:
+                    os._exit(98)  # an exception must not come back to pytest
+            deadline = time.monotonic() + 90
             while (finished := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
                 time.sleep(0.005)
-            assert os.waitstatus_to_exitcode(finished[1]) == 2
+            assert (finished[0], os.waitstatus_to_exitcode(finished[1])) == (child, 0)
     finally:
         stop.set()
         if busy:

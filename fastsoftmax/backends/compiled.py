@@ -74,9 +74,17 @@ CONVERTS = frozenset(_CONVERTED)
 _SCRATCH_SHARE = 16
 
 # Rows of up to this many elements, by their size, are computed side by side if there are at least so many. In ns a row,
-# in tiles and one after the other: float32, 48 elements 20 and 32, 80 elements 31 and 35, 96 elements 34 and 34;
-# float64, 48 elements 36 and 39, 64 elements 46 and 38.
-_MAX_TILE_COLS = {4: 80, 8: 48}
+# in tiles and one after the other, on v4: float16 80 elements 31 and 36, 96 elements 37 and 38; float32 96 elements 39
+# and 43, 112 elements 44 and 45; float64 48 elements 43 and 49, 64 elements 55 and 49. On v3: float16 24 elements 16
+# and 24, 32 elements 22 and 17; float32 56 elements 34 and 39, 64 elements 40 and 34; float64 28 elements 47 and 54, 48
+# elements 76 and 65. On the others a row pays for what is beyond whole groups of registers: float32 72 elements 120 and
+# 173, 80 elements 133 and 121.
+_MAX_TILE_COLS = {
+    "x86_64_v4": {2: 96, 4: 104, 8: 56},
+    "x86_64_v3": {2: 28, 4: 60, 8: 32},
+    "x86_64_v2": {2: 80, 4: 80, 8: 40},
+    "portable": {2: 80, 4: 80, 8: 40},
+}
 _MIN_TILE_ROWS = 16
 
 # Each thread gets at least this many elements: 4 us of work in float32. On two threads
@@ -128,6 +136,8 @@ def _serve_from(tier: str) -> None:
     """Let a tier's kernels serve all calls, those included that never come to this module."""
     global _tier, _kernels
     _tier, _kernels = tier, load_tier(tier)
+    make_schedule.cache_clear()
+    _make_adjusted_schedule.cache_clear()
     _kernels.serve_direct_calls(_dispatch.choices, _direct_schedule, empty_like)
     _dispatch.direct_calls = _kernels
 
@@ -201,7 +211,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
         streaming &= function == "softmax"
     itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
-    short = layout.n_cols <= _MAX_TILE_COLS[itemsize] and layout.n_rows >= _MIN_TILE_ROWS
+    short = layout.n_cols <= _MAX_TILE_COLS[_tier][layout.itemsize] and layout.n_rows >= _MIN_TILE_ROWS
     if function in CROSS_ENTROPIES:
         return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
     if function in BANDED:
@@ -268,7 +278,7 @@ def _make_adjusted_schedule(function: Function, layout: Layout, itemsize: int, m
     streaming = (
         function != "logsumexp" and layout.y_itemsize == itemsize and n_bytes > _schedule.cache_sizes().last_level
     )
-    short = layout.n_cols <= _MAX_TILE_COLS[itemsize] and layout.n_rows >= _MIN_TILE_ROWS
+    short = layout.n_cols <= _MAX_TILE_COLS[_tier][itemsize] and layout.n_rows >= _MIN_TILE_ROWS
     if layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal = "tiles"
         streaming &= layout.kept[0].y_stride == layout.n_cols * itemsize
