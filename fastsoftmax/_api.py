@@ -360,6 +360,8 @@ def _map_rows(
     working = _wide_enough(working, temperature)
     module = select(working, logits.size, backend)
     reading, writing = _read_and_written_as(module, logits.dtype, working, result)
+    if function == "softmax_one" and reading != writing:  # no backend converts for it
+        reading = writing = working
     if out is not None:
         _check_out(out, logits.shape, result)
     adjustment = _adjustment(module, mask, temperature, working, reading != writing, out)
