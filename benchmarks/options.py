@@ -8,17 +8,27 @@ from fastsoftmax._bench import parse_case
 TEMPERATURE = 0.7
 
 
-def by_hand(function, x, axis, out, where=None, temperature=1.0):
+def by_hand(function, x, axis, out, where=None, temperature=1.0, dtype=None):
     """What one would write without them: a temporary for each."""
-    logits = x if where is None else np.where(where, x, x.dtype.type(-np.inf))
-    return function(logits if temperature == 1 else logits / x.dtype.type(temperature), axis, out=out)
+    logits = x if dtype is None else x.astype(dtype)
+    logits = logits if where is None else np.where(where, logits, logits.dtype.type(-np.inf))
+    return function(logits if temperature == 1 else logits / logits.dtype.type(temperature), axis, out=out)
 
 
 class Options:
     params = (
         ["softmax", "log_softmax"],
-        ["10", "1024x1024", "8192x4096", "4096x4096@0"],
-        ["none", "where", "temperature", "where and temperature", "where by hand", "temperature by hand"],
+        ["10", "1024x1024", "8192x4096", "4096x4096@0", "1000000x10"],
+        [
+            "none",
+            "where",
+            "temperature",
+            "where and temperature",
+            "dtype",
+            "where by hand",
+            "temperature by hand",
+            "dtype by hand",
+        ],
         ["cython", "numba", "numpy"],
     )
     param_names = ("function", "shape", "options", "backend")
@@ -30,6 +40,8 @@ class Options:
         self.x, self.axis = case.data(), case.axis
         self.out, self.function = np.empty_like(self.x), getattr(fastsoftmax, function)
         self.options = {}
+        if "dtype" in options:
+            self.x, self.options["dtype"] = self.x.astype(np.float64), np.float32
         if "where" in options:
             self.options["where"] = np.random.default_rng(1).random(self.x.shape) < 0.8
         if "temperature" in options:

@@ -5,6 +5,7 @@ No function here loops over data. What each returns for every kind of input is s
 
 from __future__ import annotations
 
+from functools import lru_cache
 from numbers import Real
 from typing import Any, Literal, overload
 
@@ -308,21 +309,22 @@ def logsumexp(
     axes = normalize_axes(axis, terms.ndim)
     working = _wide_enough(working, temperature)
     module = select(working, terms.size, backend)
-    if factors is None and result_dtype == terms.dtype.newbyteorder("=") and working == _FLOAT32:
-        working = _read_as(module, terms, working)
+    reading, writing = working, working
+    if factors is None:
+        reading, writing = _read_and_written_as(module, terms.dtype, working, result_dtype)
     shape = _reduced_shape(terms.shape, axes, keepdims)
     log_dtype = np.empty(0, result_dtype).real.dtype if return_sign else result_dtype
     if out is not None:
         _check_out(out, shape, log_dtype)
-    adjustment = _adjustment(module, mask, temperature, out)
+    adjustment = _adjustment(module, mask, temperature, working, reading != writing, out)
     log_sum, sign = _log_sums_with_signs(shape, working) if factors is not None and return_sign else (None, None)
     if log_sum is None:
-        is_direct = out is not None and _is_writable_as(out, working) and not _shares_memory(out, terms, factors)
-        log_sum = out if out is not None and is_direct else np.empty(shape, working)
+        is_direct = out is not None and _is_writable_as(out, writing) and not _shares_memory(out, terms, factors)
+        log_sum = out if out is not None and is_direct else np.empty(shape, writing)
     if terms.size == 0:
         log_sum.fill(-np.inf)
     else:
-        data = readable(terms, working)
+        data = readable(terms, reading)
         rows = log_sum if keepdims else np.expand_dims(log_sum, axes) if terms.ndim else log_sum
         layout = make_layout(data, axes, rows, factors if adjustment is None else adjustment.mask)
         if adjustment is not None:
@@ -358,18 +360,19 @@ def _map_rows(
     working, result = _dtypes(logits.dtype if dtype is None else _check_dtype(dtype, logits, "x"), function)
     working = _wide_enough(working, temperature)
     module = select(working, logits.size, backend)
-    if result == logits.dtype.newbyteorder("=") and working == _FLOAT32:
-        working = _read_as(module, logits, working)
+    reading, writing = _read_and_written_as(module, logits.dtype, working, result)
+    if function == "softmax_one" and reading != writing:  # no backend converts for it
+        reading = writing = working
     if out is not None:
         _check_out(out, logits.shape, result)
-    adjustment = _adjustment(module, mask, temperature, out)
-    data = readable(logits, working)
+    adjustment = _adjustment(module, mask, temperature, working, reading != writing, out)
+    data = readable(logits, reading)
     shared = out is not None and np.may_share_memory(data, out)
     in_place = out is not None and shared and _is_same_view(data, out)
-    if out is not None and _is_writable_as(out, working) and (in_place or not shared):
+    if out is not None and _is_writable_as(out, writing) and (in_place or not shared):
         target = out
     else:
-        target, in_place = empty_like(logits, working), False
+        target, in_place = empty_like(logits, writing), False
     if target.size and adjustment is not None:
         layout = make_layout(data, axes, target, adjustment.mask)
         execute_adjusted(module, function, layout, data, target, adjustment)
@@ -412,6 +415,8 @@ def _numbers_and_mask(value: ArrayLike, name: str, where: ArrayLike | None) -> t
 
 
 def _broadcast_mask(mask: Array, shape: tuple[int, ...], name: str) -> Array:
+    if mask.shape == shape:
+        return mask
     try:
         return np.broadcast_to(mask, shape)
     except ValueError:
@@ -438,7 +443,8 @@ def _wide_enough(working: np.dtype[Any], temperature: float) -> np.dtype[Any]:
 def _check_dtype(dtype: DTypeLike, x: Array, name: str) -> np.dtype[Any]:
     """Return the dtype that is asked for, if numbers of ``x`` can be computed in it."""
     try:
-        asked = np.dtype(dtype).newbyteorder("=")
+        asked = np.dtype(dtype)
+        asked = asked if asked.isnative else asked.newbyteorder("=")
     except (TypeError, ValueError):
         raise TypeError(f"dtype must be a floating or complex type, not {dtype!r}") from None
     if not _is_inexact(asked):
@@ -448,15 +454,22 @@ def _check_dtype(dtype: DTypeLike, x: Array, name: str) -> np.dtype[Any]:
     return asked
 
 
-def _adjustment(module: BackendModule, mask: Array | None, temperature: float, out: Array | None) -> Adjustment | None:
+def _adjustment(
+    module: BackendModule,
+    mask: Array | None,
+    temperature: float,
+    working: np.dtype[Any],
+    is_converted: bool,
+    out: Array | None,
+) -> Adjustment | None:
     """Return what a backend has to do to the elements, or None; refuse the backend that cannot."""
-    if mask is None and temperature == 1:
+    if mask is None and temperature == 1 and not is_converted:
         return None
     if not hasattr(module, "run_adjusted"):
         raise TypeError(f"backend 'cuda' takes no {'where' if mask is not None else 'temperature'}")
     if mask is not None and out is not None and np.may_share_memory(mask, out):
         mask = mask.copy()
-    return Adjustment(mask, temperature)
+    return Adjustment(mask, temperature, working)
 
 
 def _common_dtype(a_name: str, a: ArrayLike, terms: Array, b_name: str, b: ArrayLike, factors: Array) -> np.dtype[Any]:
@@ -531,6 +544,22 @@ def _read_as(module: BackendModule, x: Array, working: np.dtype[Any]) -> np.dtyp
     # Looking up the name of a dtype takes longer than a short row.
     is_read = x.dtype.itemsize == 2 and x.dtype.name in module.READS
     return x.dtype.newbyteorder("=") if is_read else working
+
+
+@lru_cache(maxsize=1024)
+def _is_among(dtype: np.dtype[Any], names: frozenset[str]) -> bool:
+    """Whether a dtype has one of these names; remembered, for looking it up takes longer than a short row."""
+    return dtype.name in names
+
+
+def _read_and_written_as(
+    module: BackendModule, given: np.dtype[Any], working: np.dtype[Any], result: np.dtype[Any]
+) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Return the dtypes in which a backend reads elements and writes results: their own, or what is computed in."""
+    native = given if given.isnative else given.newbyteorder("=")
+    if native == result and working == _FLOAT32 and _is_among(native, module.READS):
+        return native, native
+    return (native, result) if _is_among(native, module.CONVERTS) else (working, working)
 
 
 def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> None:

@@ -117,10 +117,13 @@ class Adjustment(NamedTuple):
         their own results are 0 and -inf, whatever the row.
     temperature : float
         Positive and finite. Elements are divided by it, without rounding.
+    dtype : dtype
+        What elements are converted to, first, and computed in.
     """
 
     mask: Array | None
     temperature: float
+    dtype: np.dtype[Any]
 
 
 class Truncation(NamedTuple):
@@ -144,13 +147,17 @@ class Truncation(NamedTuple):
 class BackendModule(Protocol):
     """What a module in `fastsoftmax.backends` offers.
 
-    ``READS`` names the 16-bit dtypes that it reads and writes as they are, and computes in float32; others are
-    converted for it. Arrays of states are float64 and have a row for each state: see `fastsoftmax._state.pack`.
+    ``READS`` names the 16-bit dtypes that it reads and writes as they are, and computes in float32; ``CONVERTS`` the
+    dtypes that its `run_adjusted` converts in passing. Others are converted for it. Arrays of states are float64 and
+    have a row for each state: see `fastsoftmax._state.pack`.
     """
 
     READS: frozenset[str]
+    CONVERTS: frozenset[str]
 
-    def plan(self, function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan: ...
+    def plan(
+        self, function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None
+    ) -> Plan: ...
 
     def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
 
@@ -503,8 +510,8 @@ def execute(
 def execute_adjusted(
     module: BackendModule, function: Function, layout: Layout, x: Array, out: Array, adjustment: Adjustment
 ) -> None:
-    """`execute` for rows with a mask or a temperature."""
-    plan = module.plan(function, layout, out is x, is_adjusted=True)
+    """`execute` for rows with a mask, a temperature, or elements of another dtype than is computed in."""
+    plan = module.plan(function, layout, out is x, adjustment)
     module.run_adjusted(plan, layout, x, out, adjustment)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)

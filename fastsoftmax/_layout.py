@@ -47,12 +47,19 @@ class Layout(NamedTuple):
     reduced : tuple of Dimension
         The dimensions that one row runs over, outermost first; never empty.
     itemsize : int
-        Bytes of one element, the same in input and output.
+        Bytes of one element of the input.
+    other_itemsize : int
+        Bytes of one element of the output, if they are not as many; 0 where they are.
     """
 
     kept: tuple[Dimension, ...]
     reduced: tuple[Dimension, ...]
     itemsize: int
+    other_itemsize: int = 0
+
+    @property
+    def y_itemsize(self) -> int:
+        return self.other_itemsize or self.itemsize
 
     @property
     def n_rows(self) -> int:
@@ -71,14 +78,14 @@ class Layout(NamedTuple):
         """Whether each row is one run of adjacent elements, in the input and in the output."""
         row = self.reduced[-1]
         # The output of logsumexp has one element a row: its stride along the row is 0.
-        return len(self.reduced) == 1 and row.x_stride == self.itemsize and row.y_stride in (self.itemsize, 0)
+        return len(self.reduced) == 1 and row.x_stride == self.itemsize and row.y_stride in (self.y_itemsize, 0)
 
     @property
     def has_adjacent_rows(self) -> bool:
         """Whether neighbouring rows lie side by side, element by element: the reduced axis is not the last one."""
         if len(self.reduced) != 1 or not self.kept:
             return False
-        return self.kept[-1].x_stride == self.kept[-1].y_stride == self.itemsize
+        return self.kept[-1].x_stride == self.itemsize and self.kept[-1].y_stride == self.y_itemsize
 
 
 def normalize_axes(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -118,7 +125,10 @@ def normalize_axes(axis: Any, ndim: int) -> tuple[int, ...]:
 
 def readable(x: Array, dtype: np.dtype[Any]) -> Array:
     """Return ``x`` as aligned, native-endian elements of ``dtype``: ``x`` itself wherever it already is that."""
-    return x if x.dtype == dtype and x.flags.aligned else x.astype(dtype, order="K")
+    if x.dtype == dtype and x.flags.aligned:
+        return x
+    with np.errstate(all="ignore"):  # a number beyond the range becomes infinite
+        return x.astype(dtype, order="K")
 
 
 def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = None, in_order: bool = False) -> Layout:
@@ -127,7 +137,9 @@ def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = Non
     ``b`` has the shape of ``x``; so has ``out``, or that shape with every reduced axis of length 1. If ``in_order``,
     rows are enumerated in the order of the axes, whatever that in memory.
     """
-    if b is None and axes == (x.ndim - 1,) and x.flags.c_contiguous and out.flags.c_contiguous and out.shape == x.shape:
+    is_converted = out.itemsize != x.itemsize
+    is_usual = b is None and axes == (x.ndim - 1,) and out.shape == x.shape and not is_converted
+    if is_usual and x.flags.c_contiguous and out.flags.c_contiguous:
         # What the general way finds, in a third of its time: most calls are this one.
         return c_order_layout(x.size // x.shape[-1], x.shape[-1], 1, x.itemsize)
     b_strides = (0,) * x.ndim if b is None else b.strides
@@ -138,7 +150,8 @@ def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = Non
             kept.append(Dimension(size, x_stride, y_stride, b_stride))
         else:
             reduced.append(Dimension(size, x_stride, y_stride if out.shape[axis] == size else 0, b_stride))
-    return Layout(_fuse(kept, in_order), _fuse(reduced) or (Dimension(1, x.itemsize, x.itemsize),), x.itemsize)
+    one = Dimension(1, x.itemsize, out.itemsize)
+    return Layout(_fuse(kept, in_order), _fuse(reduced) or (one,), x.itemsize, out.itemsize if is_converted else 0)
 
 
 @lru_cache(maxsize=1024)

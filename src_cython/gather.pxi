@@ -35,6 +35,8 @@ cdef inline void read_elements(
     cdef vec zero = splat(0.0, <const vec*>target)
     if stride == size and storage == AS_COMPUTED:
         memcpy(target, source, n * size)
+    elif storage > BFLOAT16 or vec is f64v and storage != AS_COMPUTED:
+        read_converted(source, stride, target, n, storage)
     elif stride == size:
         for i in range(n // width):
             store(target + i, load_stored(source + i * width * size, <int>width, zero, storage))
@@ -56,6 +58,8 @@ cdef inline void write_elements_to(
     cdef Py_ssize_t i, width = lanes(source), size = stored_size(storage, source)
     if stride == size and storage == AS_COMPUTED:
         memcpy(target, source, n * size)
+    elif vec is f64v and storage != AS_COMPUTED:
+        f64v_write(source, target, stride, n, storage)
     elif stride == size:
         for i in range(n // width):
             store_stored(target + i * width * size, load(source + i), <int>width, storage)

@@ -53,12 +53,34 @@ cdef enum Traversal:
     TILES
     SPLIT
 
+cdef struct Temperature:  # with what a quotient is made of: see divided.pxi
+    double value
+    double shrink
+    double grow
+    double inverse
+    double inverse_low
+    double lowest
+    double per_power
+    double per_power_low
+    double power
+    double power_low
+
+cdef struct Adjusted:  # what is done to elements before anything else
+    bint is_single  # the type that is computed in
+    Storage x_storage
+    bint is_divided
+    Temperature temperature
+    const char* mask  # NULL for none
+    Dimensions mask_kept
+    Dimensions mask_row
+
 cdef struct Job:
     Function function
     Traversal traversal
     Exponentials exponentials
     bint streaming
-    Storage storage
+    Storage storage  # of the output; of the input too, where nothing is adjusted
+    const Adjusted* adjusted  # NULL for nothing
     Dimensions kept
     Dimensions row
 
@@ -132,7 +154,7 @@ def run(
     if storage == BFLOAT16:
         bfloat16_number = cnp.PyArray_TYPE(x)
     job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
-    job.streaming, job.storage = streaming, <Storage>storage
+    job.streaming, job.storage, job.adjusted = streaming, <Storage>storage, NULL
     job.kept, job.row = dimensions(kept), dimensions(reduced)
     run_job(&job, x, out, n_blocks, n_threads, True)
 
@@ -146,6 +168,8 @@ cdef int run_job(
         return run_split(job, x, out, n_blocks, n_threads)
     call.job, call.x, call.y = job, cnp.PyArray_DATA(x), cnp.PyArray_DATA(out)
     call.is_single, call.n_blocks = cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64, n_blocks
+    if job.adjusted != NULL:
+        call.is_single = job.adjusted.is_single
     call.lacks_memory = False
     if releases:
         run_in_parts(run_block_of_call, &call, &call.first, n_blocks, n_threads)
@@ -202,7 +226,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         scratch_bytes = strip_columns(n, x) * itemsize(x) * tile_registers(n, x)
     elif job.traversal == TILES:
         n_together = turned_tiles(n) * lanes(x)
-        scratch_bytes = 2 * turned_tiles(n) * n * REGISTER_BYTES
+        scratch_bytes = (2 if job.adjusted == NULL else 3) * turned_tiles(n) * n * REGISTER_BYTES
     elif job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     else:
@@ -222,6 +246,8 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         n_together = min(n_together, end - unit)
         if job.traversal == STRIPS:
             run_strip(x, y, job, unit // n_strips, unit % n_strips, left_out, scratch)
+        elif job.traversal == TILES and job.adjusted != NULL:
+            run_adjusted_turned(x, y, job, unit, <int>n_together, n, scratch)
         elif job.traversal == TILES:
             run_turned(x, y, job, unit, <int>n_together, n, scratch)
         elif n_together > 1 or job.storage != AS_COMPUTED and job.traversal == ROWS:
@@ -262,6 +288,7 @@ cdef inline void run_row(
 include "direct_calls.pxi"
 include "derivatives.pxi"
 include "cross_entropy.pxi"
+include "divided.pxi"
 include "adjusted.pxi"
 include "best.pxi"
 include "bands.pxi"

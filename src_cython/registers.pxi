@@ -77,6 +77,18 @@ cdef extern from "simd.h" nogil:
     void stream_fence()
     bint processor_runs(const char* tier)
 
+cdef extern from "conversions.h" nogil:
+    ctypedef enum Storage "enum Storage":  # how an element lies in memory
+        AS_COMPUTED
+        FLOAT16
+        BFLOAT16
+        FLOAT32
+
+    int size_of_storage(int storage)
+    void f32v_read(const char* source, long stride, f32v* target, long n, int storage)
+    void f64v_read(const char* source, long stride, f64v* target, long n, int storage)
+    void f64v_write(const f64v* source, char* target, long stride, long n, int storage)
+
 ctypedef fused vec:
     f32v
     f64v
@@ -329,15 +341,9 @@ cdef inline double get(const vec* registers, Py_ssize_t element) noexcept nogil:
         return (<const double*>registers)[element]
 
 
-cdef enum Storage:  # how an element lies in memory
-    AS_COMPUTED
-    FLOAT16
-    BFLOAT16
-
-
 cdef inline int stored_size(Storage storage, const vec* like) noexcept nogil:
     """Bytes of an element in memory."""
-    return itemsize(like) if storage == AS_COMPUTED else 2
+    return itemsize(like) if storage == AS_COMPUTED else size_of_storage(storage)
 
 
 cdef inline vec load_stored(const void* p, int count, vec fill, Storage storage) noexcept nogil:
@@ -347,7 +353,20 @@ cdef inline vec load_stored(const void* p, int count, vec fill, Storage storage)
             return filled_up(f32v_from_float16(u16v_load_first(<const uint16_t*>p, count)), count, fill)
         if storage == BFLOAT16:
             return filled_up(f32v_from_bfloat16(u16v_load_first(<const uint16_t*>p, count)), count, fill)
+    if storage != AS_COMPUTED:
+        read_converted(<const char*>p, stored_size(storage, &fill), &fill, count, storage)
+        return fill
     return load_first(<const vec*>p, count, fill)
+
+
+cdef inline void read_converted(
+    const char* source, Py_ssize_t stride, vec* target, Py_ssize_t n, Storage storage
+) noexcept nogil:
+    """Copy elements of another type than is computed in to contiguous memory."""
+    if vec is f32v:
+        f32v_read(source, stride, target, n, storage)
+    else:
+        f64v_read(source, stride, target, n, storage)
 
 
 cdef inline void stream_stored(void* p, vec v, Storage storage) noexcept nogil:
@@ -364,4 +383,7 @@ cdef inline void store_stored(void* p, vec v, int count, Storage storage) noexce
         if storage == BFLOAT16:
             u16v_store_first(<uint16_t*>p, f32v_to_bfloat16(v), count)
             return
+    elif storage != AS_COMPUTED:
+        f64v_write(&v, <char*>p, stored_size(storage, &v), count, storage)
+        return
     store_first(<vec*>p, v, count)

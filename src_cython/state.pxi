@@ -27,13 +27,15 @@ cdef extern from *:
     #define LOG2_E_REST_F64 2.0355273740931033e-17
     #define LOG2_E_REST_F32 1.9259630335000115e-08
     #define LN2 0.6931471805599453
+    #define LN2_REST 2.3190468138462996e-17
     /* ln 2 = high + low, the first short enough for k * high to be exact (Cody and Waite). */
     #define LN2_HIGH_F64 6.93147180369123816490e-01
     #define LN2_LOW_F64 1.90821492927058770002e-10
     #define LN2_HIGH_F32 0.693359375
     #define LN2_LOW_F32 -2.12194440e-4
     """
-    const double LOG2_E, LOG2_E_REST_F32, LOG2_E_REST_F64, LN2, LN2_HIGH_F32, LN2_LOW_F32, LN2_HIGH_F64, LN2_LOW_F64
+    const double LOG2_E, LOG2_E_REST_F32, LOG2_E_REST_F64, LN2, LN2_REST
+    const double LN2_HIGH_F32, LN2_LOW_F32, LN2_HIGH_F64, LN2_LOW_F64
 
 
 cdef struct State:

@@ -6,7 +6,7 @@ So softmax, in every traversal, is COARSE for them; where a logarithm may cancel
 
 
 cdef inline bint is_coarse(const Job* job) noexcept nogil:
-    return job.storage != AS_COMPUTED and job.function == SOFTMAX
+    return job.storage != AS_COMPUTED and job.function == SOFTMAX and job.adjusted == NULL
 
 
 cdef inline vec read_row(const void* x, vec* row, Py_ssize_t n, Storage storage) noexcept nogil:

@@ -33,16 +33,27 @@ cdef inline Py_ssize_t tile_registers(Py_ssize_t n, const vec* like) noexcept no
     return min(n, chunk_length(like)) + 1
 
 
-cdef inline void copy_strip(
-    const void* x, Py_ssize_t x_stride, const Columns* columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size,
+cdef struct StripSource:
+    const char* x
+    Py_ssize_t x_stride
     Storage storage
+    const Adjusted* adjusted
+    const char* mask  # NULL for none
+
+
+cdef inline void copy_strip(
+    const StripSource* source, Py_ssize_t first, const Columns* columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size
 ) noexcept nogil:
-    if storage == AS_COMPUTED:
-        copy_stored_strip(x, x_stride, columns, n, tiles, tile_size, AS_COMPUTED)
-    elif storage == FLOAT16:
-        copy_stored_strip(x, x_stride, columns, n, tiles, tile_size, FLOAT16)
+    """Copy n elements of each column, from `first` on."""
+    cdef const char* x = source.x + first * source.x_stride
+    if source.mask != NULL or is_converted(source.storage, <const vec*>tiles):
+        copy_adjusted_strip(source, first, columns, n, tiles, tile_size)
+    elif source.storage == AS_COMPUTED:
+        copy_stored_strip(x, source.x_stride, columns, n, tiles, tile_size, AS_COMPUTED)
+    elif source.storage == FLOAT16:
+        copy_stored_strip(x, source.x_stride, columns, n, tiles, tile_size, FLOAT16)
     else:
-        copy_stored_strip(x, x_stride, columns, n, tiles, tile_size, BFLOAT16)
+        copy_stored_strip(x, source.x_stride, columns, n, tiles, tile_size, BFLOAT16)
 
 
 cdef inline void copy_stored_strip(
@@ -68,8 +79,8 @@ cdef inline void copy_stored_strip(
 
 
 cdef void run_long_strip(
-    const void* x, Py_ssize_t x_stride, void* y, Py_ssize_t y_stride, const Columns* columns, Py_ssize_t n,
-    const Job* job, vec* tiles, vec* log_sums
+    const StripSource* source, void* y, Py_ssize_t y_stride, const Columns* columns, Py_ssize_t n, const Job* job,
+    vec* tiles, vec* log_sums
 ) noexcept nogil:
     """Run columns of more than one chunk: each chunk is copied once for the states and once to be written."""
     cdef const vec* like = tiles
@@ -89,7 +100,7 @@ cdef void run_long_strip(
             finishers[t * FINISHERS + i] = splat(0.0, like)
     while first < n:
         size = min(length, n - first)
-        copy_strip(<const char*>x + first * x_stride, x_stride, columns, size, tiles, tile_size, job.storage)
+        copy_strip(source, first, columns, size, tiles, tile_size)
         fold_tiles(
             tiles, tile_size, columns, size, nothing, apart, is_coarse(job), row_offsets, references, largest, high, low)
         for t in range(columns.n_tiles):
@@ -109,7 +120,7 @@ cdef void run_long_strip(
     first = 0
     while first < n and job.function != LOGSUMEXP:
         size = min(length, n - first)
-        copy_strip(<const char*>x + first * x_stride, x_stride, columns, size, tiles, tile_size, job.storage)
+        copy_strip(source, first, columns, size, tiles, tile_size)
         if vec is f32v and is_coarse(job):
             write_tiles(
                 COARSE_EXP_SCALE, <const vec*>tiles, tile_size, columns, size, references, <const vec*>finishers,
@@ -168,27 +179,35 @@ cdef void run_strip(
 ) noexcept nogil:
     """Run one strip; `tiles` has room for a chunk of its columns."""
     cdef const vec* like = tiles
-    cdef Py_ssize_t n = job.row.size[0], first = max(index * strip_columns(n, like) - left_out, 0), x_offset, y_offset
+    cdef Py_ssize_t n = job.row.size[0], first = max(index * strip_columns(n, like) - left_out, 0), x_offset, y_offset, x_size
     cdef Py_ssize_t tile_size = tile_registers(n, like), size = stored_size(job.storage, like)
     cdef vec[FINISHERS * MAX_TILES] finishers
     cdef vec[MAX_TILES] log_sums
+    cdef StripSource source
     cdef Upcoming upcoming
     cdef int t, inner = job.kept.count
     cdef Columns columns = share_out(
         min((index + 1) * strip_columns(n, like) - left_out, job.kept.size[inner]) - first,
         left_out if index == 0 else 0, like)
     locate(&job.kept, outer, &x_offset, &y_offset)
-    x = <const char*>x + x_offset + first * size
+    source.adjusted, source.mask, source.x_stride = job.adjusted, NULL, job.row.x_stride[0]
+    source.storage = job.storage if job.adjusted == NULL else job.adjusted.x_storage
+    x_size = stored_size(source.storage, like)
+    source.x = <const char*>x + x_offset + first * x_size
+    if job.adjusted != NULL and job.adjusted.mask != NULL:
+        source.mask = mask_of_strip(job, outer, first)
     y = <char*>y + y_offset + first * job.kept.y_stride[inner]
-    upcoming.place, upcoming.tile_stride = <const char*>x + strip_columns(n, like) * size, lanes(like) * size
-    upcoming.stride = job.row.x_stride[0]
-    if upcoming.stride % PAGE_BYTES == 0 and n * strip_columns(n, like) * size > STAYING_BYTES:
+    upcoming.place, upcoming.tile_stride = source.x + strip_columns(n, like) * x_size, lanes(like) * x_size
+    upcoming.stride = source.x_stride
+    if upcoming.stride % PAGE_BYTES == 0 and n * strip_columns(n, like) * x_size > STAYING_BYTES:
         upcoming.place, upcoming.stride, upcoming.tile_stride = <const char*>tiles, 0, 0
-    if n > chunk_length(like):
-        run_long_strip(x, job.row.x_stride[0], y, job.row.y_stride[0], &columns, n, job, tiles, log_sums)
+    if n > chunk_length(like) and is_divided(job):
+        run_long_divided_strip(&source, y, job.row.y_stride[0], &columns, n, job, tiles, log_sums)
+    elif n > chunk_length(like):
+        run_long_strip(&source, y, job.row.y_stride[0], &columns, n, job, tiles, log_sums)
     else:
-        copy_strip(x, job.row.x_stride[0], &columns, n, tiles, tile_size, job.storage)
-        reduce_tiles(tiles, tile_size, &columns, n, upcoming, job.function, is_coarse(job), finishers, log_sums)
+        copy_strip(&source, 0, &columns, n, tiles, tile_size)
+        reduce_tiles(tiles, tile_size, &columns, n, upcoming, job, finishers, log_sums)
         finish_tiles(
             <const vec*>tiles, tile_size, &columns, n, job.function, is_coarse(job), <const vec*>finishers, y,
             job.row.y_stride[0], job.streaming, job.storage)
@@ -197,3 +216,5 @@ cdef void run_strip(
             store_stored(
                 <char*>y + columns.first[t] * size, log_sums[t], columns.count[t],
                 job.storage)
+    elif source.mask != NULL:
+        hide_in_strip(&source, job, n, &columns, <char*>y, like)

@@ -330,14 +330,19 @@ cdef inline bint any_ties(const vec* finishers, int n_tiles) noexcept nogil:
 
 
 cdef void reduce_tiles(
-    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, Function function,
-    bint coarse, vec* finishers, vec* y
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Job* job,
+    vec* finishers, vec* y
 ) noexcept nogil:
     """Make terms of the logits for softmax, and find what finishes elements; write logsumexp, which is all there is."""
+    cdef Function function = job.function
+    cdef bint coarse = is_coarse(job)
     cdef vec[MAX_TILES] row_offsets, largest, high, low
     cdef vec[REFERENCE * MAX_TILES] references
     cdef vec log_high, log_low
     cdef int t
+    if is_divided(job):
+        reduce_divided_tiles(tiles, tile_size, columns, n, function, &job.adjusted.temperature, finishers, y)
+        return
     for t in range(columns.n_tiles):
         row_offsets[t] = splat(0.0, y)
     fold_tiles(
@@ -386,16 +391,19 @@ cdef void run_turned(
     const vec* x, vec* y, const Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* tiles
 ) noexcept nogil:
     """Run n_rows contiguous short rows, of at most `turned_tiles` tiles, from `first` on."""
-    if vec is f32v and job.storage == FLOAT16:
-        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, FLOAT16)
+    if job.storage == AS_COMPUTED:
+        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, AS_COMPUTED, AS_COMPUTED)
+    elif job.adjusted != NULL:
+        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, AS_COMPUTED, job.storage)
+    elif vec is f32v and job.storage == FLOAT16:
+        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, FLOAT16, FLOAT16)
     elif vec is f32v and job.storage == BFLOAT16:
-        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, BFLOAT16)
-    else:
-        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, AS_COMPUTED)
+        run_turned_stored_as(x, y, job, first, n_rows, n, tiles, BFLOAT16, BFLOAT16)
 
 
 cdef inline void run_turned_stored_as(
-    const vec* x, vec* y, const Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* tiles, Storage storage
+    const vec* x, vec* y, const Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* tiles, Storage x_storage,
+    Storage storage
 ) noexcept nogil:
     cdef Py_ssize_t x_stride = job.kept.x_stride[0], y_stride = job.kept.y_stride[0]
     cdef vec* rows
@@ -405,22 +413,22 @@ cdef inline void run_turned_stored_as(
     cdef vec* tile
     cdef char* target
     cdef Upcoming upcoming
-    cdef bint coarse = storage != AS_COMPUTED and job.function == SOFTMAX, is_readable
+    cdef bint coarse = x_storage != AS_COMPUTED and job.function == SOFTMAX, is_readable
     cdef int t
-    upcoming.place, upcoming.stride = <const char*>below(x, first + n_rows, x_stride), lanes(x) * stored_size(storage, x)
+    upcoming.place, upcoming.stride = <const char*>below(x, first + n_rows, x_stride), lanes(x) * stored_size(x_storage, x)
     upcoming.tile_stride = n * upcoming.stride
     x, y = below(x, first, x_stride), <vec*>below(<const vec*>y, first, y_stride)
     rows = tiles + turned_tiles(n) * n if job.streaming else y  # scratch that results are streamed from
     for t in range(all_rows.n_tiles):
         # Short rows need something behind them: a row of the next tile.
         is_readable = n >= block_length(x) or (t + 1 < all_rows.n_tiles and x_stride == n * itemsize(x))
-        if storage == AS_COMPUTED and is_readable and all_rows.count[t] == lanes(x):
+        if x_storage == AS_COMPUTED and is_readable and all_rows.count[t] == lanes(x):
             read_tile(<const char*>below(x, t * lanes(x), x_stride), x_stride, n, tiles + t * n)
         else:
             turn(
-                below(x, t * lanes(x), x_stride), x_stride, all_rows.count[t], n, tiles + t * n, REGISTER_BYTES, storage,
+                below(x, t * lanes(x), x_stride), x_stride, all_rows.count[t], n, tiles + t * n, REGISTER_BYTES, x_storage,
                 AS_COMPUTED, x)
-    reduce_tiles(tiles, n, &all_rows, n, upcoming, job.function, coarse, finishers, log_sums)
+    reduce_tiles(tiles, n, &all_rows, n, upcoming, job, finishers, log_sums)
     if job.function == LOGSUMEXP:
         turn(log_sums, REGISTER_BYTES, 1, n_rows, y, y_stride, AS_COMPUTED, storage, x)
         return

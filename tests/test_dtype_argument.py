@@ -1,12 +1,15 @@
 """``dtype=``: what the numbers are converted to, computed in (float16 and bfloat16 in float32), and returned in."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import fastsoftmax
-from fastsoftmax import logsumexp
+from fastsoftmax import logsumexp, record_plans
 
+from .inputs import LAYOUTS
 from .reference import error_of
 
 FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -82,12 +85,86 @@ def test_complex_numbers_with_real_signs(rng):
     assert (result.dtype, sign.dtype) == (np.float64, np.complex128)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, call, rng, layout):
+    for given in (np.float64, np.int32, np.float16):
+        x = LAYOUTS[layout](rng.integers(0, 9, (9, 40)).astype(given))
+        for axis in (0, 1):
+            np.testing.assert_array_equal(call(x, axis, dtype=np.float32), call(x.astype(np.float32), axis))
+
+
+@pytest.mark.parametrize("given", [np.float64, np.uint8, bool], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("shape", [(40, 3), (40, 79), (3, 20_000), (2, 1)], ids=str)
+def test_short_and_long_rows(backend, call, rng, given, shape):
+    x = rng.integers(0, 2, shape).astype(given)
+    for array, axis in ((x, 1), (x.T.copy(), 0)):
+        expected = call(array.astype(np.float32), axis)
+        np.testing.assert_array_equal(call(array, axis, dtype=np.float32), expected)
+
+
+@pytest.mark.parametrize("given", [np.int8, np.uint16, np.int64, bool], ids=lambda d: np.dtype(d).name)
+def test_integers_without_it(backend, call, rng, given):
+    """They are computed in float64, and rounded once."""
+    x = rng.integers(0, 2 if given is bool else 50, (40, 33)).astype(given)
+    for axis in (0, 1):
+        result = call(x, axis)
+        np.testing.assert_array_equal(result, np.asarray(call(x.astype(np.float64), axis)).astype(result.dtype))
+
+
+def test_any_byte_but_0_is_true(backend, call):
+    x = np.array([[0, 1, 2, 255]] * 20, np.uint8).view(bool)
+    np.testing.assert_array_equal(call(x, 1, dtype=np.float32), call(np.float32([[0, 1, 1, 1]] * 20), 1))
+
+
 def test_numbers_beyond_the_range(backend, call):
-    """They are infinite in that dtype, and NumPy says so, as in its own reductions."""
-    with pytest.warns(RuntimeWarning, match="overflow encountered in cast"):
-        result = call(np.array([1e300, 0.0]), dtype=np.float32)
-    with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(result, call(np.array([1e300, 0.0]).astype(np.float32)))
+    """They are infinite in that dtype; nothing warns of it."""
+    x = np.array([1e300, 0.0])
+    np.testing.assert_array_equal(call(x, dtype=np.float32), call(np.float32([np.inf, 0.0])))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        (np.float64, np.float32),
+        (np.float16, np.float32),
+        (np.float32, ml_dtypes.bfloat16),
+        (np.float32, np.float64),
+        (np.int64, None),
+        (np.int16, None),
+        (bool, np.float16),
+    ],
+)
+def test_no_array_is_made(function, call, rng, monkeypatch, given, asked, axis):
+    """But for the result: elements are converted on their way."""
+    if "cython" not in fastsoftmax.available_backends():
+        pytest.skip("backend 'cython' is not available")
+    monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "1")
+    x = rng.integers(0, 2, (1000, 1000)).astype(given)
+    where = rng.random(x.shape) < 0.9
+    for options in ({}, {"where": where, "temperature": 0.7}):
+        out = call(x, axis, dtype=asked, backend="cython", **options)
+        tracemalloc.start()
+        call(x, axis, dtype=asked, backend="cython", out=out, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < x.size / 10
+
+
+@pytest.mark.parametrize(("shape", "traversal"), [((300, 10), "tiles"), ((300, 200), "gather"), ((30, 99), "strips")])
+def test_threads_change_no_bit(call, rng, monkeypatch, shape, traversal):
+    if "cython" not in fastsoftmax.available_backends():
+        pytest.skip("backend 'cython' is not available")
+    x = rng.normal(size=(60, *shape))
+    axis = 1 if traversal == "strips" else 2
+    results = []
+    for n_threads in ("1", "3"):
+        monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", n_threads)
+        with record_plans() as plans:
+            results.append(call(x, axis, dtype=np.float32, backend="cython"))
+        assert plans[0].schedule.traversal == traversal
+        assert plans[0].schedule.n_threads == int(n_threads)
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("asked", [int, bool, np.uint8, object, str, "M8[s]", ml_dtypes.float8_e5m2], ids=str)

@@ -65,20 +65,21 @@ def test_an_edge_row_leaves_its_neighbours_alone(backend, dtype, axis):
             np.testing.assert_array_equal(result, function(row))
 
 
-# The other rows of the table of edges: checks by their names, for one of the dtypes that are computed in
+# Checks by their names: of the other rows of the table of edges for a dtype that is computed in, and of what others get
+# silently wrong for a function
 
-EDGES = {}
+CHECKS = {"dtype": {}, "function": {}}
 
 
-def edge(name):
-    def add(check):
-        EDGES[name] = check
-        return check
+def check(argument, name):
+    def add(test):
+        CHECKS[argument][name] = test
+        return test
 
     return add
 
 
-@edge("all -inf, with where all False")
+@check("dtype", "all -inf, with where all False")
 def _(backend, dtype):
     for x in (np.full(3, -INF, dtype), np.array([1, NAN, INF], dtype)):
         np.testing.assert_array_equal(softmax(x, where=False), [0, 0, 0])
@@ -86,7 +87,7 @@ def _(backend, dtype):
         assert logsumexp(x, where=False) == -INF
 
 
-@edge("+-1e308")
+@check("dtype", "+-1e308")
 def _(backend, dtype):
     """The largest numbers there are."""
     largest = np.finfo(dtype).max
@@ -98,21 +99,21 @@ def _(backend, dtype):
     np.testing.assert_array_equal(softmax(np.full(4, -largest)), np.full(4, 0.25))
 
 
-@edge("reduced axis of length 0")
+@check("dtype", "reduced axis of length 0")
 def _(backend, dtype):
     x = np.empty((3, 0), dtype)
     assert softmax(x, 1).shape == log_softmax(x, 1).shape == (3, 0)
     np.testing.assert_array_equal(logsumexp(x, 1), [-INF] * 3)
 
 
-@edge("another axis of length 0")
+@check("dtype", "another axis of length 0")
 def _(backend, dtype):
     x = np.empty((3, 0), dtype)
     assert softmax(x, 0).shape == log_softmax(x, 0).shape == (3, 0)
     assert logsumexp(x, 0).shape == (0,)
 
 
-@edge("0-d array, Python scalar, list")
+@check("dtype", "0-d array, Python scalar, list")
 def _(backend, dtype):
     for axis in (None, 0, -1, ()):
         for make in (dtype, lambda value: np.array(value, dtype)):
@@ -129,7 +130,7 @@ def _(backend, dtype):
     assert logsumexp([[]]) == -INF
 
 
-@edge("axis=()")
+@check("dtype", "axis=()")
 def _(backend, dtype):
     x = np.array([[1, -2], [3, 1e30]], dtype)
     np.testing.assert_array_equal(softmax(x, ()), np.ones((2, 2)))
@@ -137,7 +138,7 @@ def _(backend, dtype):
     np.testing.assert_array_equal(logsumexp(x, ()), x)
 
 
-@edge("axis int, negative, tuple, None")
+@check("dtype", "axis int, negative, tuple, None")
 def _(backend, dtype):
     x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(dtype)
     for function in FUNCTIONS:
@@ -147,7 +148,7 @@ def _(backend, dtype):
         np.testing.assert_array_equal(function(x, np.int64(1)), function(x, 1))
 
 
-@edge("bad axis")
+@check("dtype", "bad axis")
 def _(backend, dtype):
     x = np.ones((2, 3), dtype)
     for function in FUNCTIONS:
@@ -156,7 +157,7 @@ def _(backend, dtype):
                 function(x, axis)
 
 
-@edge("signed ints, unsigned ints, bool")
+@check("dtype", "signed ints, unsigned ints, bool")
 def _(backend, dtype):
     for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool"):
         x = np.array([0, 1, 1], name)
@@ -168,7 +169,7 @@ def _(backend, dtype):
             np.testing.assert_array_equal(result, value.astype(result_dtype))
 
 
-@edge("float16, bfloat16")
+@check("dtype", "float16, bfloat16")
 def _(backend, dtype):
     for half in HALVES:
         x = np.random.default_rng(0).normal(size=(3, 50)).astype(half)
@@ -178,7 +179,7 @@ def _(backend, dtype):
             np.testing.assert_array_equal(result, function(x.astype(np.float32), 1).astype(half))
 
 
-@edge("longdouble, complex")
+@check("dtype", "longdouble, complex")
 def _(backend, dtype):
     with fastsoftmax.use_backend("numpy"):
         for wide in (LONG, np.complex64, np.complex128):
@@ -188,7 +189,7 @@ def _(backend, dtype):
                 np.testing.assert_allclose(function(x).real, function(x.real), rtol=1e-6)
 
 
-@edge("Fortran order, transposes, negative strides, broadcast")
+@check("dtype", "Fortran order, transposes, negative strides, broadcast")
 def _(backend, dtype):
     x = np.random.default_rng(0).normal(size=(6, 40)).astype(dtype)
     for lay_out in LAYOUTS.values():
@@ -198,7 +199,7 @@ def _(backend, dtype):
     assert softmax(np.asfortranarray(x), 1).flags.f_contiguous
 
 
-@edge("byte-swapped, unaligned, read-only")
+@check("dtype", "byte-swapped, unaligned, read-only")
 def _(backend, dtype):
     x = np.random.default_rng(0).normal(size=(6, 40)).astype(dtype)
     for name in ("byte-swapped", "unaligned", "read-only"):
@@ -208,7 +209,7 @@ def _(backend, dtype):
             np.testing.assert_array_equal(result, function(x, 1))
 
 
-@edge("np.matrix")
+@check("dtype", "np.matrix")
 def _(backend, dtype):
     matrix = np.matrix([[1, 2], [3, 5]], dtype)
     for function in FUNCTIONS:
@@ -217,7 +218,7 @@ def _(backend, dtype):
         np.testing.assert_array_equal(result, function(np.array(matrix), 1))
 
 
-@edge("pandas")
+@check("dtype", "pandas")
 def _(backend, dtype):
     """It is not installed here; what NumPy converts by its protocol is taken so."""
 
@@ -230,7 +231,7 @@ def _(backend, dtype):
     assert type(softmax(Series())) is np.ndarray
 
 
-@edge("object, str, datetime, structured")
+@check("dtype", "object, str, datetime, structured")
 def _(backend, dtype):
     for bad in (
         np.array([1, 2], object),
@@ -244,7 +245,7 @@ def _(backend, dtype):
             assert f"must hold numbers, not {bad.dtype}" in str(raised.value)
 
 
-@edge("out= wrong shape/dtype/read-only")
+@check("dtype", "out= wrong shape/dtype/read-only")
 def _(backend, dtype):
     x, read_only = np.ones((2, 3), dtype), np.full((2, 3), 7, dtype)
     read_only.flags.writeable = False
@@ -259,7 +260,7 @@ def _(backend, dtype):
             assert (out == 7).all()
 
 
-@edge("out= is the input, or overlaps it partly")
+@check("dtype", "out= is the input, or overlaps it partly")
 def _(backend, dtype):
     for function in (softmax, log_softmax):
         for offset in (0, 1, 7):
@@ -270,7 +271,7 @@ def _(backend, dtype):
             np.testing.assert_array_equal(out, expected)
 
 
-@edge("arrays > 2**31 elements")
+@check("dtype", "arrays > 2**31 elements")
 def _(backend, dtype):
     if not backend.has_kernels or dtype != np.float32:
         pytest.skip("the numpy backend would need 17 GB for it; kernels count the elements of all dtypes alike")
@@ -279,7 +280,7 @@ def _(backend, dtype):
     np.testing.assert_allclose(logsumexp(x), np.log(float(x.size)), rtol=1e-7)
 
 
-@edge("logsumexp b, return_sign, keepdims")
+@check("dtype", "logsumexp b, return_sign, keepdims")
 def _(backend, dtype):
     a = np.array([NAN, INF, 1, 2], dtype)
     np.testing.assert_array_equal(logsumexp(a, b=[0, 0, 1, 1]), logsumexp(a[2:], b=[1, 1]))
@@ -295,7 +296,7 @@ def _(backend, dtype):
         assert logsumexp(x, axis, keepdims=keepdims).shape == shape
 
 
-@edge("warnings")
+@check("dtype", "warnings")
 def _(backend, dtype):
     """Pytest makes every warning an error; `test_no_floating_point_error_is_raised_or_left_behind` does more."""
     for x, *_ in EDGE_ROWS.values():
@@ -305,32 +306,22 @@ def _(backend, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("name", CHECKS["dtype"])
 def test_edge(backend, dtype, name):
-    EDGES[name](backend, dtype)
+    CHECKS["dtype"][name](backend, dtype)
 
 
 # What others get silently wrong
 
-ERRORS_OF_OTHERS = {}
 
-
-def wrong_elsewhere(name):
-    def add(check):
-        ERRORS_OF_OTHERS[name] = check
-        return check
-
-    return add
-
-
-@wrong_elsewhere("integers that wrap around")
+@check("function", "integers that wrap around")
 def _(backend, function):
     for x in (np.array([1, 2, 3], np.uint8), np.array([-128, 127, 0], np.int8)):
         result = function(x)
         np.testing.assert_array_equal(result, function(x.astype(np.float64)).astype(result.dtype))
 
 
-@wrong_elsewhere("float16 over a strided axis")
+@check("function", "float16 over a strided axis")
 def _(backend, function):
     for half in HALVES:
         result = function(np.zeros((4096, 3), half), 0)
@@ -338,33 +329,33 @@ def _(backend, function):
         np.testing.assert_array_equal(result, np.full_like(result, value))
 
 
-@wrong_elsewhere("float32, 200,000 rows, axis 0")
+@check("function", "float32, 200,000 rows, axis 0")
 def _(backend, function):
     x = np.random.default_rng(0).normal(size=(200_000, 4)).astype(np.float32)
     assert error_of(function.__name__, function(x, 0), x, 0) <= backend.max_ulps
 
 
-@wrong_elsewhere("masked arrays")
+@check("function", "masked arrays")
 def _(backend, function):
     x = np.ma.masked_array([1.0, 2.0, NAN], [False, False, True])
     expected = {softmax: [*softmax([1.0, 2.0]), 0], log_softmax: [*log_softmax([1.0, 2.0]), -INF]}
     np.testing.assert_array_equal(function(x), expected.get(function, logsumexp([1.0, 2.0])))
 
 
-@wrong_elsewhere("no elements over all axes")
+@check("function", "no elements over all axes")
 def _(backend, function):
     result = function(np.zeros((3, 0)))
     np.testing.assert_array_equal(result, -INF if function is logsumexp else np.zeros((3, 0)))
 
 
-@wrong_elsewhere("[0, -40]")
+@check("function", "[0, -40]")
 def _(backend, function):
     rest = 4.248354255291589e-18
     expected = {softmax: [1, rest], log_softmax: [-rest, -40], logsumexp: rest}[function]
     np.testing.assert_allclose(function([0.0, -40.0]), expected, rtol=1e-15)
 
 
-@wrong_elsewhere("a large common offset")
+@check("function", "a large common offset")
 def _(backend, function):
     for dtype, offset in ((np.float32, -1e7), (np.float64, -1e15)):
         x = np.arange(8, dtype=dtype)
@@ -372,9 +363,9 @@ def _(backend, function):
         np.testing.assert_allclose(function(x + dtype(offset)), expected, rtol=4 * np.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("name", ERRORS_OF_OTHERS)
+@pytest.mark.parametrize("name", CHECKS["function"])
 def test_where_others_are_silently_wrong(backend, function, name):
-    ERRORS_OF_OTHERS[name](backend, getattr(fastsoftmax, function))
+    CHECKS["function"][name](backend, getattr(fastsoftmax, function))
 
 
 def test_no_floating_point_error_is_raised_or_left_behind(backend, function, dtype):

@@ -49,8 +49,25 @@ _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
 
 _STORAGES = {"float32": 0, "float64": 0, "float16": 1, "bfloat16": 2}
+# Where an element has another dtype than is computed in.
+_CONVERTED = {
+    "float16": 1,
+    "bfloat16": 2,
+    "float32": 3,
+    "float64": 4,
+    "bool": 5,
+    "int8": 6,
+    "uint8": 7,
+    "int16": 8,
+    "uint16": 9,
+    "int32": 10,
+    "uint32": 11,
+    "int64": 12,
+    "uint64": 13,
+}
 
 READS = frozenset({"float16", "bfloat16"})
+CONVERTS = frozenset(_CONVERTED)
 
 # The terms of a row wait in a scratch of up to this share of the last cache level, which threads share. From a 32nd to
 # a quarter the times agree.
@@ -120,6 +137,7 @@ def _serve_from(tier: str) -> None:
     global _tier, _kernels
     _tier, _kernels = tier, load_tier(tier)
     make_schedule.cache_clear()
+    _make_adjusted_schedule.cache_clear()
     _kernels.serve_direct_calls(_dispatch.choices, _direct_schedule, empty_like)
     _dispatch.direct_calls = _kernels
 
@@ -148,14 +166,16 @@ def kernel_addresses() -> dict[tuple[str, str], int]:
     return addresses
 
 
-def plan(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan:
-    return Plan(function, "cython", _tier, _choose_schedule(function, layout, in_place, is_adjusted))
+def plan(function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None) -> Plan:
+    return Plan(function, "cython", _tier, _choose_schedule(function, layout, in_place, adjustment))
 
 
-def _choose_schedule(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Schedule:
+def _choose_schedule(
+    function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None
+) -> Schedule:
     max_threads = _schedule.max_threads() if layout.size >= 2 * _MIN_ELEMENTS_PER_THREAD else 1
-    if is_adjusted:
-        return _make_adjusted_schedule(function, layout, max_threads)
+    if adjustment is not None:
+        return _make_adjusted_schedule(function, layout, adjustment.dtype.itemsize, max_threads)
     return make_schedule(function, layout, in_place, max_threads)
 
 
@@ -248,23 +268,28 @@ def _make_vjp_schedule(function: Function, layout: Layout, in_place: bool, max_t
 
 
 @lru_cache(maxsize=1024)
-def _make_adjusted_schedule(function: Function, layout: Layout, max_threads: int) -> Schedule:
-    """Choose the traversal of rows with a mask or a temperature: panels of adjacent ones, or one after the other."""
-    n_bytes, itemsize = layout.size * layout.itemsize, max(layout.itemsize, 4)
+def _make_adjusted_schedule(function: Function, layout: Layout, itemsize: int, max_threads: int) -> Schedule:
+    """Choose the traversal of rows that are masked, divided or converted, as `make_schedule` does where it can."""
+    n_bytes = layout.size * (layout.itemsize + layout.y_itemsize)
     n_threads = max(1, min(layout.size // _MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = max(n_threads * _schedule.BLOCKS_PER_THREAD if n_threads > 1 else 1, -(-n_bytes // _MAX_BLOCK_BYTES))
     traversal: Traversal = "gather"
     n_units = layout.n_rows
-    if layout.has_adjacent_rows and not layout.has_contiguous_rows:
+    streaming = (
+        function != "logsumexp" and layout.y_itemsize == itemsize and n_bytes > _schedule.cache_sizes().last_level
+    )
+    short = layout.n_cols <= _MAX_TILE_COLS[_tier][itemsize] and layout.n_rows >= _MIN_TILE_ROWS
+    if layout.has_contiguous_rows and short and len(layout.kept) == 1:
+        traversal = "tiles"
+        streaming &= layout.kept[0].y_stride == layout.n_cols * itemsize
+    elif layout.has_contiguous_rows:
+        pass
+    elif layout.has_adjacent_rows:
         traversal = "strips"
         inner = layout.kept[-1].size
-        n_units = layout.n_rows // inner * -(-inner // _kernels.panel_columns(layout.n_cols, layout.itemsize))
-    streaming = (
-        function != "logsumexp"
-        and layout.has_contiguous_rows
-        and layout.itemsize > 2
-        and 2 * n_bytes > _schedule.cache_sizes().last_level
-    )
+        n_units = layout.n_rows // inner * -(-inner * itemsize // _kernels.strip_bytes(layout.n_cols))
+    else:
+        streaming = False
     exponentials: Exponentials = "none"
     if function == "softmax":
         exponentials = "scratch" if layout.n_cols * itemsize <= _kernels.chunk_bytes else "recompute"
@@ -330,13 +355,22 @@ def run_cross_entropy(
     )
 
 
+@cache
+def _storage(dtype: np.dtype[Any], computed: np.dtype[Any]) -> int:
+    """Return how an element lies in memory; looking up the name of a dtype takes longer than a short row."""
+    return 0 if dtype == computed else _CONVERTED[dtype.name]
+
+
 def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None:
     schedule = plan.schedule
     _kernels.run_adjusted(
         _FUNCTIONS[plan.function],
         _TRAVERSALS[schedule.traversal],
+        _EXPONENTIALS[schedule.exponentials],
         schedule.streaming,
-        _STORAGES[x.dtype.name],
+        adjustment.dtype.itemsize == 4,
+        _storage(x.dtype, adjustment.dtype),
+        _storage(out.dtype, adjustment.dtype),
         layout.kept,
         layout.reduced,
         x,

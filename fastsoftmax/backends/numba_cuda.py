@@ -35,6 +35,7 @@ from fastsoftmax.cuda._plan import VECTOR_BYTES, LaunchPlan, choose, choose_weig
 from fastsoftmax.cuda._vectors import FORMATS
 
 READS: frozenset[str] = frozenset({"float16", "bfloat16"})
+CONVERTS: frozenset[str] = frozenset()
 
 # Prepared calls that are remembered; one is a few kilobytes.
 _REMEMBERED = 4096

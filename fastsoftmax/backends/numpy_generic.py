@@ -22,11 +22,12 @@ from fastsoftmax._schedule import Schedule
 from fastsoftmax._state import scaled_temperature
 
 READS: frozenset[str] = frozenset()
+CONVERTS: frozenset[str] = frozenset()
 
 _SCHEDULE = Schedule("array", "none")
 
 
-def plan(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan:
+def plan(function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None) -> Plan:
     return Plan(function, "numpy", None, _SCHEDULE)
 
 

@@ -43,6 +43,7 @@ from . import adjusted, cross_entropy, derivatives, rows, selection, streaming, 
 from .weighted import BYTES_OF_WEIGHTED, run_weighted
 
 READS: frozenset[str] = frozenset()
+CONVERTS: frozenset[str] = frozenset()
 
 _FUNCTIONS = {"softmax": rows.SOFTMAX, "log_softmax": rows.LOG_SOFTMAX, "logsumexp": rows.LOGSUMEXP}
 _STREAMING_FUNCTIONS = {
@@ -73,9 +74,9 @@ MAX_TILE_COLS = {4: 64, 8: 48}
 MIN_TILE_ROWS = 16
 
 
-def plan(function: Function, layout: Layout, in_place: bool, is_adjusted: bool = False) -> Plan:
+def plan(function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None) -> Plan:
     max_threads = _schedule.max_threads() if layout.size >= 2 * MIN_ELEMENTS_PER_THREAD else 1
-    if is_adjusted:
+    if adjustment is not None:
         return _make_adjusted_plan(function, layout, max_threads)
     return _make_plan(function, layout, in_place, max_threads)
 
