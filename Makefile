@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures test test-gpu lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,12 @@ compare: $(PEERS) ## Hold fastsoftmax against its targets, at 1 and 2 threads: b
 
 figures: $(PEERS) ## Measure and draw the figures of docs/performance.md: build/figures.json
 	$(BIN)/python benchmarks/figures.py --json build/figures.json
+
+accuracy: $(PEERS) ## Hold results of every backend, tier and peer against exact ones: docs/accuracy.md and its figure
+	$(BIN)/python benchmarks/accuracy.py --json build/accuracy.json $(ACCURACY_FLAGS)
+
+exponential: $(READY) ## Hold the exponentials of all float32 and of many float64 against exact ones: docs/accuracy.md
+	$(BIN)/python benchmarks/exponential.py --json build/exponential.json
 
 # Whole files go to processes, as some of their fixtures compile for minutes; in the order of their names, which ends
 # with short ones.

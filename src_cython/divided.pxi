@@ -40,7 +40,7 @@ cdef Temperature temperature_of(double value, const vec* like) noexcept nogil:
     result.inverse = to_lane(inverse, like)
     result.inverse_low = (inverse - result.inverse) + inverse_low
     per_power = LOG2_E * inverse
-    per_power_low = fma(LOG2_E, inverse, -per_power) + (LOG2_E * inverse_low + LOG2_E_REST_F64 * inverse)
+    per_power_low = fma(LOG2_E, inverse, -per_power) + (LOG2_E * inverse_low + LOG2_E_REST * inverse)
     result.per_power = to_lane(per_power, like)
     result.per_power_low = (per_power - result.per_power) + per_power_low
     power = t * LN2
@@ -112,11 +112,11 @@ cdef inline void divided_parts(
         for j in range(count):
             f[j] = fused(z[j], divisor[PER_POWER_LOW], f[j])
         for j in range(count):
-            f[j] = fused(error[j], divisor[PER_POWER], f[j])
-        exp2_slope(f, q, count)
+            r[j] = fused(error[j], divisor[PER_POWER], f[j]) * splat(LN2 / powers(x), x)
+        exp_tail(r, q, count)
         for j in range(count):
             heads[j] = times_power(root_of_two(magic[j], &table_error), magic[j])
-            factors[j], rests[j] = heads[j], fused(f[j], q[j], table_error)
+            factors[j], rests[j] = heads[j], r[j] * r[j] * q[j] + (r[j] + table_error)
         return
     for j in range(count):
         z[j] = z[j] - k[j] * divisor[POWER_HIGH]

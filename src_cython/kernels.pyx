@@ -329,6 +329,52 @@ def logsumexp_of(tuple values, bint is_single):
     return logsumexp_of_state(state, <const f64v*>NULL)
 
 
+cdef void write_terms(
+    const vec* x, vec* terms, vec* residuals, Py_ssize_t n, double largest, Arithmetic arithmetic, double* origin
+) noexcept nogil:
+    cdef vec[REFERENCE] reference
+    cdef vec[GROUP] logits, group, heads, factors, rests
+    cdef vec top = splat(largest, x)
+    cdef Py_ssize_t i = 0
+    cdef int j
+    if arithmetic == COARSE:
+        coarse_reference_at(top, reference)
+    else:
+        reference_at(top, splat(INFINITY, x), reference)
+    origin[0], origin[1] = lane(reference[OFFSET], 0), lane(exponent_of(reference), 0)
+    while i * lanes(x) < n:
+        for j in range(GROUP):
+            logits[j] = load_first(x + i + j, count_within(i + j, n, x), top)
+        if arithmetic == COARSE:
+            coarse_exp(logits, group, GROUP, reference, 0)
+        elif arithmetic == MODERATE:
+            exp_parts(logits, heads, factors, rests, GROUP, reference, 0, MODERATE)
+        else:
+            exp_parts(logits, heads, factors, rests, GROUP, reference, 0, FULL)
+        for j in range(GROUP):
+            if arithmetic != COARSE:
+                group[j] = times_plus(factors[j], rests[j], heads[j])
+                store_within(residuals, i + j, n, times_plus(factors[j], rests[j], heads[j] - group[j]))
+            store_within(terms, i + j, n, group[j])
+        i += GROUP
+
+
+def terms_of(cnp.ndarray x, double largest, int arithmetic, cnp.ndarray terms, cnp.ndarray residuals):
+    """Write the terms exp(x - offset) * 2**-exponent of contiguous elements in a row with this maximum, and what rounding
+    took from them (but for COARSE ones); return offset and exponent.
+    """
+    cdef double[2] origin
+    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32:
+        write_terms(
+            <const f32v*>cnp.PyArray_DATA(x), <f32v*>cnp.PyArray_DATA(terms), <f32v*>cnp.PyArray_DATA(residuals),
+            x.shape[0], largest, <Arithmetic>arithmetic, origin)
+    else:
+        write_terms(
+            <const f64v*>cnp.PyArray_DATA(x), <f64v*>cnp.PyArray_DATA(terms), <f64v*>cnp.PyArray_DATA(residuals),
+            x.shape[0], largest, <Arithmetic>arithmetic, origin)
+    return origin[0], origin[1]
+
+
 def addresses():
     """The addresses of the functions below, by function and dtype."""
     return {

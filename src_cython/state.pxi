@@ -23,9 +23,7 @@ cdef enum:
 cdef extern from *:
     """
     #define LOG2_E 1.4426950408889634
-    /* What its rounding to the type leaves. */
-    #define LOG2_E_REST_F64 2.0355273740931033e-17
-    #define LOG2_E_REST_F32 1.9259630335000115e-08
+    #define LOG2_E_REST 2.0355273740931033e-17  /* what its rounding leaves */
     #define LN2 0.6931471805599453
     #define LN2_REST 2.3190468138462996e-17
     /* ln 2 = high + low, the first short enough for k * high to be exact (Cody and Waite). */
@@ -34,7 +32,7 @@ cdef extern from *:
     #define LN2_HIGH_F32 0.693359375
     #define LN2_LOW_F32 -2.12194440e-4
     """
-    const double LOG2_E, LOG2_E_REST_F32, LOG2_E_REST_F64, LN2, LN2_REST
+    const double LOG2_E, LOG2_E_REST, LN2, LN2_REST
     const double LN2_HIGH_F32, LN2_LOW_F32, LN2_HIGH_F64, LN2_LOW_F64
 
 
@@ -132,38 +130,34 @@ cdef inline void horner(vec* q, const vec* r, int count, double coefficient) noe
         q[j] = q[j] * r[j] + splat(coefficient, r)
 
 
-cdef inline void exp2_slope(const vec* f, vec* q, int count) noexcept nogil:
-    """q with 2**(f / powers) = 1 + f * q for |f| <= 1 / 2, where there is a table: minimax polynomials of exp(r) for
-    r = f * ln(2) / powers, with a power of that step in each coefficient."""
-    cdef double step = LN2 / powers(f)
-    if vec is f32v and powers(f) == 16:
-        start(q, f, count, 0.166667178273201 * step * step * step)
-        horner(q, f, count, 0.5000161528587341 * step * step)
-        horner(q, f, count, step)
-    elif vec is f32v:
-        start(q, f, count, 0.041660431772470474 * step * step * step * step)
-        horner(q, f, count, 0.1666802614927292 * step * step * step)
-        horner(q, f, count, 0.5 * step * step)
-        horner(q, f, count, step)
-    else:
-        start(q, f, count, 0.00019840568660682776 * step * step * step * step * step * step * step)
-        horner(q, f, count, 0.0013889780684357437 * step * step * step * step * step * step)
-        horner(q, f, count, 0.008333333371042426 * step * step * step * step * step)
-        horner(q, f, count, 0.041666666570070315 * step * step * step * step)
-        horner(q, f, count, 0.1666666666666373 * step * step * step)
-        horner(q, f, count, 0.5000000000000296 * step * step)
-        horner(q, f, count, step)
-
-
 cdef inline void exp_tail(const vec* r, vec* q, int count) noexcept nogil:
-    """q with exp(r) = 1 + r + r**2 q for |r| <= ln(2) / 2, minimax: 2**-28.2 relative to exp(r), 2**-57.9 in float64."""
+    """q with exp(r) = 1 + r + r**2 q for |r| <= ln(2) / (2 powers), minimax: 2**-28.2 relative to exp(r), 2**-57.9 in
+    float64, and less with a table.
+
+    As f * q' with f = r * powers / ln(2) it would be an operation less, but then q' rounds what should ascend with r:
+    of all float32, 134 terms were less than that of a smaller number.
+    """
     cdef int j
-    if vec is f32v:
+    if vec is f32v and powers(r) == 16:
+        start(q, r, count, 0.166667178273201)
+        horner(q, r, count, 0.5000161528587341)
+    elif vec is f32v and powers(r) == 8:
+        start(q, r, count, 0.041660431772470474)
+        horner(q, r, count, 0.1666802614927292)
+        horner(q, r, count, 0.5)
+    elif vec is f32v:
         start(q, r, count, 1.3814328e-3)
         horner(q, r, count, 8.368848e-3)
         horner(q, r, count, 4.16684e-2)
         horner(q, r, count, 1.666652e-1)
         horner(q, r, count, 4.9999994e-1)
+    elif powers(r) == 8:
+        start(q, r, count, 0.00019840568660682776)
+        horner(q, r, count, 0.0013889780684357437)
+        horner(q, r, count, 0.008333333371042426)
+        horner(q, r, count, 0.041666666570070315)
+        horner(q, r, count, 0.1666666666666373)
+        horner(q, r, count, 0.5000000000000296)
     else:
         start(q, r, count, 2.4999863292277574e-08)
         horner(q, r, count, 2.7630516674528656e-07)
@@ -183,9 +177,8 @@ cdef inline void exp_parts(
 ) noexcept nogil:
     """exp(x - offset) * 2**-exponent of a reference as head + factor * rest, where the product is below a tenth of it.
 
-    With a table, (x - offset) * log2(e) * powers = k + f. The head is an element of the table times a power of two; f
-    stands for so small a factor that its own rounding and that of the rest do not matter. Without, x - offset =
-    k * ln(2) + r, the head is 1 + r, and they are kept.
+    x - offset = k * ln(2) / powers + r. With a table, the head is an element of it times a power of two; r is so small
+    that its own rounding and that of the rest do not matter. Without, the head is 1 + r, and they are kept.
     What is added to the product must be so in one operation, `times_plus`: left to the compiler, it is rounded in
     between in one place and not in another, and the same element has different bits there.
 
@@ -194,7 +187,7 @@ cdef inline void exp_parts(
     `count` registers, at most GROUP, go through each step together: one alone is a chain of 20 operations that wait
     for each other, and a processor's scheduler holds too few of them to overlap enough chains by itself.
     """
-    cdef vec[GROUP] z, magic, k, f, r, r_low, q
+    cdef vec[GROUP] z, magic, k, r, r_low, q
     cdef vec one = splat(1.0, x), error
     cdef int j
     for j in range(count):
@@ -205,21 +198,16 @@ cdef inline void exp_parts(
         magic[j] = z[j] * splat(LOG2_E * powers(x), x) + reference[j * step * REFERENCE + MAGIC]
     for j in range(count):
         k[j] = magic[j] - reference[j * step * REFERENCE + MAGIC]
-    if powers(x) > 1:  # and so, in these tiers, HAS_FMA
-        for j in range(count):
-            f[j] = fused(z[j], splat(LOG2_E * powers(x), x), -k[j])
-        for j in range(count):
-            f[j] = fused(z[j], splat(by_type(LOG2_E_REST_F32, LOG2_E_REST_F64, x) * powers(x), x), f[j])
-        exp2_slope(f, q, count)
+    for j in range(count):
+        r_low[j] = z[j] - k[j] * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, x) / powers(x), x)
+    for j in range(count):
+        r[j] = r_low[j] - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x) / powers(x), x)
+    exp_tail(r, q, count)
+    if powers(x) > 1:
         for j in range(count):
             heads[j] = times_power(root_of_two(magic[j], &error), magic[j])
-            factors[j], rests[j] = heads[j], fused(f[j], q[j], error)
+            factors[j], rests[j] = heads[j], r[j] * r[j] * q[j] + (r[j] + error)
         return
-    for j in range(count):
-        r_low[j] = z[j] - k[j] * splat(by_type(LN2_HIGH_F32, LN2_HIGH_F64, x), x)
-    for j in range(count):
-        r[j] = r_low[j] - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x), x)
-    exp_tail(r, q, count)
     for j in range(count):
         r_low[j] = (r_low[j] - r[j]) - k[j] * splat(by_type(LN2_LOW_F32, LN2_LOW_F64, x), x)
     for j in range(count):

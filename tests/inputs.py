@@ -1,6 +1,7 @@
 """Input data: values that are hard in different ways, and the same values in different places in memory."""
 
 import numpy as np
+from ml_dtypes import finfo
 
 
 def _prefix(values, length, value):
@@ -15,7 +16,7 @@ def _one(values, value):
 
 def _subnormal_results(rng, n, dtype):
     """A zero and values whose exponentials are around the smallest normal number and below it."""
-    smallest = np.log(np.finfo(dtype).tiny)
+    smallest = np.log(float(finfo(dtype).tiny))
     return _one(rng.uniform(smallest - 20, smallest + 5, n), 0)
 
 
@@ -34,16 +35,42 @@ def _straddling(rng, n, dtype):
     return _prefix(np.full(n, 1.0 - edge), max(n - 10, 0), -edge - 0.9 - abs(rng.normal(size=max(n - 10, 0))) * 0.1)
 
 
+def _near_ties(rng, n, dtype):
+    """Neighbouring numbers."""
+    return 2 + rng.integers(0, 4, n) * 2 * float(finfo(dtype).eps)
+
+
+def _offset(rng, n, dtype):
+    """Neighbouring numbers so large that exponentials of their differences are next to nothing, or 1."""
+    offset = {"float16": 6e4, "float64": 1e300}.get(np.dtype(dtype).name, 1e8)
+    return offset * (1 + rng.integers(-5, 6, n) * float(finfo(dtype).eps))
+
+
+def _coarse(rng, n, dtype):
+    """Numbers so large that they are multiples of a half."""
+    return 0.5 / float(finfo(dtype).eps) + rng.integers(-20, 21, n) / 2
+
+
+def _cancelling(rng, n, dtype):
+    """Logarithms of probabilities: the maximum and the logarithm of the sum cancel, but for what is rounded."""
+    logits = rng.normal(size=n)
+    return logits - np.log(np.exp(logits).sum()) if n else logits
+
+
 # Each takes a random generator, a number of elements and a dtype, and returns that many values.
 VALUES = {
     "normal": lambda rng, n, dtype: rng.normal(size=n),
+    "uniform": lambda rng, n, dtype: rng.random(n),
     "wide": lambda rng, n, dtype: rng.uniform(-700, 700, n),
     "constant": lambda rng, n, dtype: np.full(n, 0.3),
     "ascending": lambda rng, n, dtype: np.sort(rng.normal(size=n) * 10),
     "descending": lambda rng, n, dtype: -np.sort(rng.normal(size=n) * 10),
     "ties": lambda rng, n, dtype: rng.integers(0, 3, n).astype(float),
-    "offset": lambda rng, n, dtype: rng.normal(size=n) * 40 + (1e8 if dtype == np.float32 else 1e300),
+    "near ties": _near_ties,
+    "offset": _offset,
+    "coarse": _coarse,
     "negative offset": lambda rng, n, dtype: rng.normal(size=n) * 5 - 1500,
+    "cancelling": _cancelling,
     "log-probabilities": lambda rng, n, dtype: rng.normal(size=n) - np.log(max(n, 1)) - 0.5,
     "outlier": lambda rng, n, dtype: _one(rng.normal(size=n), 300.0),
     "masked by -inf": lambda rng, n, dtype: np.where(rng.random(n) < 0.4, -np.inf, rng.normal(size=n)),

@@ -40,6 +40,7 @@ def asv(tmp_path_factory):
     folder = tmp_path_factory.mktemp("asv")
     shutil.copy(ROOT / "asv.json", folder)
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests").symlink_to(ROOT / "tests")  # whose inputs and exact results accuracy.py takes
     # asv drops PYTHONPATH, which the package may be imported from, unless it is told so.
     environment = os.environ | {"HOME": str(folder), "ASV_PYTHONPATH": os.environ.get("PYTHONPATH", "")}
 

@@ -1,6 +1,8 @@
 """Any shape, axes, memory layout and values that Hypothesis can think of."""
 
+import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,3 +61,23 @@ def test_out_holds_what_would_have_been_returned(backend, map_function, x_and_ax
         out = np.empty([2 * size for size in x.shape[::-1]], x.dtype)[tuple(slice(None, None, -2) for _ in x.shape)].T
     assert map_function(x, axis, out=out) is out
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("of_dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@given(
+    st.sampled_from(sorted(ALL_VALUES)),
+    st.one_of(st.integers(1, 40), st.integers(1, 20_000)),
+    st.integers(0, 2**32 - 1),
+)
+def test_probabilities_keep_the_order_of_logits(backend, of_dtype, kind, n, seed):
+    with np.errstate(over="ignore"):
+        x = values(kind, (n,), np.float32, seed).astype(of_dtype)
+    p = fastsoftmax.softmax(x)
+    if np.isnan(p).any():
+        assert np.isnan(p).all()
+        return
+    ascending = np.argsort(x, kind="stable")
+    x, p = x[ascending], p[ascending].astype(float)
+    assert (np.diff(p) >= 0).all()
+    assert (p[:-1] == p[1:])[x[:-1] == x[1:]].all()
+    assert 0 <= p[0] <= p[-1] <= 1
