@@ -52,10 +52,12 @@ def test_moderate_elements_have_the_bits_of_all(dtype):
         np.testing.assert_array_equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("name", exponential.ways("float32"))
+@pytest.mark.parametrize("name", [*MAX_COARSE, "numba"])
 def test_neighbouring_terms_ascend_below_one(name):
     """Where many numbers share a term, and whether it ascends hangs on its last bit: all between -2**-6 and -2**-9."""
-    write = exponential.ways("float32")[name]
+    write = exponential.ways("float32").get(name)
+    if write is None:
+        pytest.skip(f"this machine or this build lacks {name!r}; it has {compiled.tiers()}")
     for first in range(0x3B000000, 0x3C800000, 2**18):
         x = (np.arange(first, first + 2**18 + 1, dtype=np.uint32) | np.uint32(2**31)).view(np.float32)[::-1].copy()
         terms, residuals = np.empty_like(x), np.empty_like(x)
