@@ -146,7 +146,7 @@ cdef inline object direct_call(
         target = out
         if cnp.PyArray_TYPE(target) != shape.type_number or cnp.PyArray_NDIM(target) != target_ndim:
             return None
-        if memcmp(cnp.PyArray_DIMS(target), target_shape, target_ndim * sizeof(cnp.npy_intp)) != 0:
+        if target_ndim and memcmp(cnp.PyArray_DIMS(target), target_shape, target_ndim * sizeof(cnp.npy_intp)) != 0:
             return None
         shape.in_place = function != LOGSUMEXP and cnp.PyArray_DATA(source) == cnp.PyArray_DATA(target)
         if not shape.in_place and overlap(source, target):

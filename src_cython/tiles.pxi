@@ -420,8 +420,9 @@ cdef inline void run_turned_stored_as(
     x, y = below(x, first, x_stride), <vec*>below(<const vec*>y, first, y_stride)
     rows = tiles + turned_tiles(n) * n if job.streaming else y  # scratch that results are streamed from
     for t in range(all_rows.n_tiles):
-        # Short rows need something behind them: a row of the next tile.
-        is_readable = n >= block_length(x) or (t + 1 < all_rows.n_tiles and x_stride == n * itemsize(x))
+        # A block of a row shorter than that needs as much behind it: elements of the rows of later tiles.
+        is_readable = n >= block_length(x) or (
+            x_stride == n * itemsize(x) and (n_rows - (t + 1) * lanes(x)) * n >= block_length(x) - n)
         if x_storage == AS_COMPUTED and is_readable and all_rows.count[t] == lanes(x):
             read_tile(<const char*>below(x, t * lanes(x), x_stride), x_stride, n, tiles + t * n)
         else:
