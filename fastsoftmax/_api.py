@@ -574,12 +574,27 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], name: 
         raise ValueError(f"{name} must have shape {shape}, not {out.shape}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
-    if (
-        not out.flags.c_contiguous
-        and out.size
-        and any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.strides, strict=True))
-    ):
-        raise ValueError(f"{name} is a broadcast view: several of its elements share one place in memory")
+    if not out.flags.c_contiguous and out.size and _overlaps_itself(out):
+        raise ValueError(f"{name} has elements that share memory with others of its own")
+
+
+def _overlaps_itself(out: Array) -> bool:
+    """Whether two elements of an array share a byte: those of a broadcast view do, or of some made by `as_strided`."""
+    extent = out.itemsize
+    for stride, size in sorted((abs(stride), size) for size, stride in zip(out.shape, out.strides, strict=True)):
+        if size > 1 and stride < extent:
+            break
+        extent += stride * (size - 1)
+    else:
+        return False
+    # Dimensions that do not lie one inside the other may still miss each other's elements.
+    offsets = np.zeros(1, np.intp)
+    for size, stride in zip(out.shape, out.strides, strict=True):
+        if size > 1 and abs(stride) < out.itemsize:
+            return True
+        offsets = np.add.outer(offsets, np.arange(size) * stride).ravel()
+    offsets.sort()
+    return bool((np.diff(offsets) < out.itemsize).any())
 
 
 def _is_writable_as(out: Array, dtype: DTypeLike) -> bool:

@@ -122,7 +122,17 @@ BAD_OUTS = {
     "a broadcast view": (
         lambda shape: np.lib.stride_tricks.as_strided(np.full(1, 7.0), shape, [0] * len(shape)),
         ValueError,
-        "broadcast",
+        "share memory",
+    ),
+    "overlapping rows": (
+        lambda shape: np.lib.stride_tricks.as_strided(np.full(99, 7.0), shape, [8, 16] if len(shape) == 2 else [4]),
+        ValueError,
+        "share memory",
+    ),
+    "overlapping elements": (
+        lambda shape: np.lib.stride_tricks.as_strided(np.full(99, 7.0), shape, [60, 4][-len(shape) :]),
+        ValueError,
+        "share memory",
     ),
 }
 

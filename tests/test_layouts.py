@@ -174,6 +174,14 @@ def test_out_leaves_the_memory_between_its_elements_alone(backend, function, dty
     assert (room[elements] != 99).all()
 
 
+def test_out_whose_dimensions_interlace(backend, dtype, map_function):
+    """Neither dimension lies inside the other, and yet no two elements share memory."""
+    x = values("normal", (2, 3), dtype)
+    out = np.lib.stride_tricks.as_strided(np.zeros(8, dtype), (2, 3), [3 * x.itemsize, 2 * x.itemsize])
+    assert map_function(x, 1, out=out) is out
+    np.testing.assert_array_equal(out, map_function(x, 1))
+
+
 IN_PLACE_SHAPES = [((5, 7), 1), ((5, 7), 0), ((40, 300), 0), ((3, 9000), 1), ((3, 300_000), 1), ((5, 6, 7), (0, 2))]
 
 

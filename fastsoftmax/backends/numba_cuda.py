@@ -317,7 +317,7 @@ def _check_out(library: Library, x: Any, out: Any, dtype: str, shape: tuple[int,
     if not library.is_writable(out):
         raise ValueError("out is read-only")
     if any(stride == 0 and size > 1 for size, stride in zip(given.shape, given.strides, strict=True)):
-        raise ValueError("out is a broadcast view: several of its elements share one place in memory")
+        raise ValueError("out has elements that share memory with others of its own")
 
 
 def _may_replace(given: View, read: View) -> bool:
