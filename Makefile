@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,32 @@ test-gpu: ## Run the tests of the CUDA backend on a card, then some under comput
 	elif test -n "$(SANITIZER)"; then for tool in memcheck racecheck synccheck; do \
 		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
 			$(PYTHON) -m pytest tests/cuda -q -k $(SANITIZED) || exit 1; done; fi
+
+FUZZ_SECONDS ?= 600
+
+fuzz: $(READY) ## Call the functions with arguments of any kind for FUZZ_SECONDS; FUZZ_FLAGS=--atheris follows coverage
+	$(if $(findstring atheris,$(FUZZ_FLAGS)),$(BIN)/python -m pip install --quiet atheris)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_FLAGS)
+
+# A build of its own, in front of the editable one. An extension needs its sanitizer loaded before Python itself, whose
+# own leaks at exit are no news; Numba's code is not instrumented.
+SANITIZE := build/sanitize
+SANITIZED_TESTS ?= fuzz schedule 16_bits layouts selection sampling streaming variants cross_entropy threads
+SANITIZED_BACKENDS ?= cython or test_threads
+
+sanitize: $(READY) ## Run tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	test -d $(SANITIZE) || CYTHON=$(CURDIR)/$(BIN)/cython $(BIN)/meson setup $(SANITIZE) --prefix=/ \
+		--python.purelibdir=site --python.platlibdir=site \
+		-Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1 -Ddebug=true
+	$(BIN)/meson install -C $(SANITIZE) --quiet --destdir root
+	MESONPY_EDITABLE_SKIP="$$(echo $(CURDIR)/build/cp*)" PYTHONPATH=$(SANITIZE)/root/site LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1,print_stacktrace=1 \
+		$(BIN)/python -m pytest -q -p no:doctest -k "$(SANITIZED_BACKENDS)" $(SANITIZED_TESTS:%=tests/test_%.py)
+
+LEAK_CALLS ?= 1000000
+
+leaks: $(READY) ## Watch memory over LEAK_CALLS small calls on every backend, and over large ones
+	FASTSOFTMAX_LEAK_CALLS=$(LEAK_CALLS) $(BIN)/python -m pytest -q tests/test_process.py -k memory
 
 lint: $(READY) ## Check style, types and spelling
 	$(BIN)/ruff check
