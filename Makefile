@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu test-large fuzz sanitize races leaks lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -51,26 +51,39 @@ test-gpu: ## Run the tests of the CUDA backend on a card, then some under comput
 		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
 			$(PYTHON) -m pytest tests/cuda -q -k $(SANITIZED) || exit 1; done; fi
 
+test-large: $(READY) ## Test arrays of more than 2**31 elements, which takes minutes and 12 GiB of memory
+	$(BIN)/python -m pytest -q tests/large.py
+
 FUZZ_SECONDS ?= 600
 
 fuzz: $(READY) ## Call the functions with arguments of any kind for FUZZ_SECONDS; FUZZ_FLAGS=--atheris follows coverage
 	$(if $(findstring atheris,$(FUZZ_FLAGS)),$(BIN)/python -m pip install --quiet atheris)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_FLAGS)
 
-# A build of its own, in front of the editable one. An extension needs its sanitizer loaded before Python itself, whose
-# own leaks at exit are no news; Numba's code is not instrumented.
-SANITIZE := build/sanitize
-SANITIZED_TESTS ?= fuzz schedule 16_bits layouts selection sampling streaming variants cross_entropy threads
-SANITIZED_BACKENDS ?= cython or test_threads
+# A sanitized build of its own, in the directory of which Python finds it before the editable one. The sanitizer has to be
+# loaded before Python, whose own leaks at exit are no news.
+SANITIZED_TESTS ?= fuzz schedule threads 16_bits layouts selection sampling streaming variants cross_entropy
+RACES_TESTS ?= threads concurrency schedule
+library = $$($(CC) -print-file-name=lib$(1).so)
+define sanitized
+	test -d build/$(1) || CYTHON=$(CURDIR)/$(BIN)/cython $(BIN)/meson setup build/$(1) --prefix=/ \
+		--python.purelibdir=site --python.platlibdir=site -Db_lundef=false -Doptimization=1 -Ddebug=true $(2)
+	$(BIN)/meson install -C build/$(1) --quiet --destdir root
+	cd build/$(1)/root/site && MESONPY_EDITABLE_SKIP="$$(echo $(CURDIR)/build/cp*)" LD_PRELOAD="$(3)" $(4) \
+		$(CURDIR)/$(BIN)/python -m pytest -q -k "cython or test_threads" $(5:%=$(CURDIR)/tests/test_%.py)
+endef
 
+sanitize: export ASAN_OPTIONS := detect_leaks=0,allocator_may_return_null=1
+sanitize: export UBSAN_OPTIONS := halt_on_error=1,print_stacktrace=1
 sanitize: $(READY) ## Run tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	test -d $(SANITIZE) || CYTHON=$(CURDIR)/$(BIN)/cython $(BIN)/meson setup $(SANITIZE) --prefix=/ \
-		--python.purelibdir=site --python.platlibdir=site \
-		-Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1 -Ddebug=true
-	$(BIN)/meson install -C $(SANITIZE) --quiet --destdir root
-	MESONPY_EDITABLE_SKIP="$$(echo $(CURDIR)/build/cp*)" PYTHONPATH=$(SANITIZE)/root/site LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1,print_stacktrace=1 \
-		$(BIN)/python -m pytest -q -p no:doctest -k "$(SANITIZED_BACKENDS)" $(SANITIZED_TESTS:%=tests/test_%.py)
+	$(call sanitized,sanitize,-Db_sanitize=address$(comma)undefined,$(call library,asan) $(call library,ubsan),,$(SANITIZED_TESTS))
+
+# ThreadSanitizer knows no other layout of memory than the one without randomization.
+races: export TSAN_OPTIONS := halt_on_error=1,die_after_fork=0
+races: $(READY) ## Run tests of the threads under ThreadSanitizer, on the portable tier
+	$(call sanitized,races,-Db_sanitize=thread -Dtiers=portable,$(call library,tsan),setarch -R,$(RACES_TESTS))
+
+comma := ,
 
 LEAK_CALLS ?= 1000000
 
