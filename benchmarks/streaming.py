@@ -22,7 +22,11 @@ class Streaming:
 
 
 class Variants:
-    params = (["softmin", "softmax_one"], ["64x1000", "1024x1024", "4096x4096@0"], ["cython", "numba", "numpy"])
+    params = (
+        ["softmax", "softmin", "softmax_one"],
+        ["64x1000", "1024x1024", "100000x10", "1000000x3", "4096x4096@0", "64x100x1000@1"],
+        ["cython", "numba", "numpy"],
+    )
     param_names = ("function", "shape", "backend")
     repeat = (2, 10, 0.5)
     warmup_time = 0.05

@@ -45,7 +45,7 @@ VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsum
 # The dense one has probabilities for targets, or capped logits.
 CROSS_ENTROPIES: frozenset[Function] = frozenset({"softmax_cross_entropy", "dense_cross_entropy"})
 # These visit rows in bands (see src_cython/bands.pxi); two are the ways of `OnlineSoftmax` into and out of its states.
-BANDED: frozenset[Function] = frozenset({"softmax_one", "fold_states", "normalize", "softmax_topk", "sample"})
+BANDED: frozenset[Function] = frozenset({"fold_states", "normalize", "softmax_topk", "sample"})
 
 
 @dataclass(frozen=True, slots=True)

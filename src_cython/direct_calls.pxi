@@ -245,7 +245,7 @@ cdef inline int run_remembered(const Remembered* schedule, cnp.ndarray source, c
     cdef Job job
     job.function, job.traversal = schedule.shape.function, schedule.traversal
     job.exponentials, job.streaming = schedule.exponentials, schedule.streaming
-    job.storage, job.adjusted = storage_of_type(schedule.shape.type_number), NULL
+    job.has_zero, job.storage, job.adjusted = False, storage_of_type(schedule.shape.type_number), NULL
     lay_out(&schedule.shape, &job.kept, &job.row)
     return run_job(&job, source, target, schedule.n_blocks, schedule.n_threads, cnp.PyArray_SIZE(source) > SMALL_SIZE)
 

@@ -45,6 +45,7 @@ cdef enum Function:
     SOFTMAX_VJP
     LOG_SOFTMAX_VJP
     LOGSUMEXP_VJP
+    SOFTMAX_ONE  # the softmax of rows that have a zero beside their elements, and is run as that
 
 cdef enum Traversal:
     ROWS
@@ -78,6 +79,7 @@ cdef struct Job:
     Function function
     Traversal traversal
     Exponentials exponentials
+    bint has_zero  # of which nothing is written
     bint streaming
     Storage storage  # of the output; of the input too, where nothing is adjusted
     const Adjusted* adjusted  # NULL for nothing
@@ -153,7 +155,10 @@ def run(
     cdef Job job
     if storage == BFLOAT16:
         bfloat16_number = cnp.PyArray_TYPE(x)
-    job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
+    job.function, job.has_zero = <Function>function, False
+    if function == SOFTMAX_ONE:
+        job.function, job.has_zero = SOFTMAX, True
+    job.traversal, job.exponentials = <Traversal>traversal, <Exponentials>exponentials
     job.streaming, job.storage, job.adjusted = streaming, <Storage>storage, NULL
     job.kept, job.row = dimensions(kept), dimensions(reduced)
     run_job(&job, x, out, n_blocks, n_threads, True)
@@ -273,14 +278,14 @@ cdef inline void run_row(
         if job.function == LOGSUMEXP:
             put(y, 0, logsumexp_of_state(fold_row(x, n), x))
         elif job.function == SOFTMAX:
-            softmax_row(x, y, n, job.exponentials, scratch, states, job.streaming)
+            softmax_row(x, y, n, job.has_zero, job.exponentials, scratch, states, job.streaming)
         else:
             log_softmax_row(x, y, n, job.streaming)
     elif job.function == LOGSUMEXP:
-        total = fold_gathered(x, &job.row, n, True, scratch, job.storage)
+        total = fold_gathered(x, &job.row, n, True, False, scratch, job.storage)
         store_stored(y, splat(logsumexp_of_state(total, x), y), 1, job.storage)
     elif job.function == SOFTMAX:
-        softmax_gathered(x, y, &job.row, n, scratch, job.storage)
+        softmax_gathered(x, y, &job.row, n, job.has_zero, scratch, job.storage)
     else:
         log_softmax_gathered(x, y, &job.row, n, scratch, job.storage)
 
@@ -392,7 +397,8 @@ cdef void one_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
     cdef State state
     # Longer rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
     if n:
-        softmax_row(x, y, n, IN_OUTPUT if n <= chunk_length(x) else RECOMPUTE, <vec*>NULL, &state, False)
+        softmax_row(
+            x, y, n, False, IN_OUTPUT if n <= chunk_length(x) else RECOMPUTE, <vec*>NULL, &state, False)
 
 
 cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:

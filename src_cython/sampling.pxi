@@ -225,7 +225,7 @@ cdef void draw_from_chunk(
     cdef Py_ssize_t n_blocks = (n + BLOCK - 1) // BLOCK, block, start, i
     cdef double sum = 0.0, share
     cdef int64_t following
-    fold_chunk(x, <vec*>work.terms, n, True, False, 0.0)
+    fold_chunk(x, <vec*>work.terms, n, True, False, False, 0.0)
     for block in range(n_blocks):
         sum += sum_of_block(terms, block * BLOCK, min(<Py_ssize_t>BLOCK, n - block * BLOCK))
         block_sums[block], is_summed[block] = sum, False
@@ -319,7 +319,7 @@ cdef Candidate* collect_largest(
     while first < call.rows.n:
         size = min(length, call.rows.n - first)
         x = row_of_band(&call.rows, read_band(&call.rows, band, first, size, <vec*>work.chunks), row)
-        state = fold_chunk(x, <vec*>work.terms, size, True, False, 0.0)
+        state = fold_chunk(x, <vec*>work.terms, size, True, False, False, 0.0)
         factor = 0.0
         if state.maximum > -INFINITY:
             state.high, state.low = 1.0, 0.0

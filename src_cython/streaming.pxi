@@ -1,18 +1,13 @@
-"""States that outlive a call, one a row: data are folded into them, and probabilities written from them.
-
-And softmax-one, exp(x) / (1 + sum(exp(x))): the softmax of rows with one element more, a zero, of which nothing is
-written.
-"""
+"""States that outlive a call, one a row: data are folded into them, and probabilities written from them."""
 
 cdef enum StreamingFunction:
     FOLD_STATES
     NORMALIZE
-    SOFTMAX_ONE
 
 cdef struct Streaming:
     StreamingFunction function
     Rows rows
-    State* states  # one a row, in the order of the axes, with the maximum apart; not for softmax-one
+    State* states  # one a row, in the order of the axes, with the maximum apart
     bint streaming
     bint is_single
     Py_ssize_t first  # block of the part of the call that runs now
@@ -34,7 +29,7 @@ def run_streaming(
         As for `run`; the kept dimensions are in the order of the states.
     y : ndarray or None
         Where probabilities go.
-    states : ndarray or None
+    states : ndarray
         float64, five numbers for each row: the members of State.
     """
     cdef Streaming call
@@ -57,89 +52,31 @@ cdef void run_streaming_block(void* context, Py_ssize_t block) noexcept nogil:
 
 cdef void run_streaming_bands(Streaming* call, Py_ssize_t block, const vec* like) noexcept nogil:
     cdef Py_ssize_t n_bands = count_bands(&call.rows, like), room = band_bytes(&call.rows, like), index
-    cdef void* memory = malloc(room + CHUNK_BYTES + REGISTER_BYTES)
+    cdef void* memory = malloc(room + REGISTER_BYTES)
     cdef char* scratch = <char*>memory + <Py_ssize_t>(-<uintptr_t>memory % REGISTER_BYTES)
     if memory == NULL:
         call.lacks_memory = True
         return
     for index in range(n_bands * block // call.n_blocks, n_bands * (block + 1) // call.n_blocks):
-        run_streaming_band(call, index, <vec*>scratch, <vec*>(scratch + room))
+        run_streaming_band(call, index, <vec*>scratch)
     if call.streaming:
         stream_fence()
     free(memory)
 
 
-cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scratch, vec* terms) noexcept nogil:
-    """Run one band; `terms` has room for those of a row of one chunk."""
-    cdef const vec* like = scratch
-    cdef Band band = band_at(&call.rows, index, like)
-    cdef State[MAX_NARROW_COLUMNS] totals
-    cdef State chunk
-    cdef int row
+cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scratch) noexcept nogil:
+    cdef Band band = band_at(&call.rows, index, <const vec*>scratch)
     if call.function == FOLD_STATES:
         fold_band(&call.rows, &band, True, call.states + band.row, scratch, NULL, NULL)
-        return
-    for row in range(band.count):
-        totals[row] = call.states[band.row + row] if call.function == NORMALIZE else identity()
-    if call.function == NORMALIZE:
-        write_normalized(call, &band, totals, scratch)
-    elif call.rows.traversal == ROWS and call.rows.n <= chunk_length(like):
-        chunk = fold_chunk(
-            read_band(&call.rows, &band, 0, call.rows.n, scratch), terms, call.rows.n, True, False, 0.0)
-        totals[0] = merge(chunk, state_of_zero(like), False)
-        write_shares(call, &band, &chunk, totals, terms, scratch)
     else:
-        fold_band(&call.rows, &band, False, totals, scratch, NULL, NULL)
-        for row in range(band.count):
-            totals[row] = within_range(merge(totals[row], state_of_zero(like), False), like)
-        write_shares(call, &band, totals, totals, <const vec*>NULL, scratch)
+        write_normalized(call, &band, scratch)
 
 
-cdef inline State state_of_zero(const vec* like) noexcept nogil:
-    """The state of one element, a 0, with it in the sum."""
-    cdef State state = identity()
-    state.maximum = state.offset = 0.0
-    state.exponent = by_type(-64.0, -100.0, like)  # as `reference_at` chooses it
-    state.high = by_type(2.0**64, 2.0**100, like)
-    return state
-
-
-cdef void write_shares(
-    const Streaming* call, const Band* band, const State* chunk, const State* totals, const vec* terms, vec* scratch
-) noexcept nogil:
-    """Write probabilities, from the terms of the only chunk where they are there."""
-    cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
-    cdef Scale[MAX_NARROW_COLUMNS] scales
-    cdef const vec* chunks
-    cdef const vec* logits
-    cdef vec* y
-    cdef vec* shares
-    cdef int row
-    for row in range(band.count):
-        if is_regular(totals[row]):
-            scales[row] = scale_of(totals[row], <const vec*>scratch)
-    while first < call.rows.n:
-        size = min(length, call.rows.n - first)
-        chunks = read_band(&call.rows, band, first, size, scratch)
-        y = output_of_band(&call.rows, band, first, scratch)
-        for row in range(band.count):
-            logits = row_of_band(&call.rows, chunks, row)
-            shares = row_of_band(&call.rows, <const vec*>y, row)
-            if is_regular(totals[row]):
-                write_probabilities(
-                    logits, terms, shares, size, chunk[row], totals[row], scales[row], call.streaming)
-            else:
-                fill_nan(shares, size)
-        write_band(&call.rows, band, first, size, <const vec*>y)
-        first += size
-
-
-cdef void write_normalized(
-    const Streaming* call, const Band* band, State* totals, vec* scratch
-) noexcept nogil:
+cdef void write_normalized(const Streaming* call, const Band* band, vec* scratch) noexcept nogil:
     """Write probabilities by states that have their maxima apart."""
     cdef const vec* like = scratch
     cdef Py_ssize_t length = chunk_length(like), first = 0, size
+    cdef State[MAX_NARROW_COLUMNS] totals
     cdef double[MAX_NARROW_COLUMNS] log_sums
     cdef Scale[MAX_NARROW_COLUMNS] scales
     cdef const vec* chunks
@@ -148,8 +85,8 @@ cdef void write_normalized(
     cdef vec* shares
     cdef int row
     for row in range(band.count):
-        log_sums[row] = log_sum(within_range(totals[row], like), like)
-        totals[row] = within_range(with_maximum(totals[row], like), like)
+        log_sums[row] = log_sum(within_range(call.states[band.row + row], like), like)
+        totals[row] = within_range(with_maximum(call.states[band.row + row], like), like)
         if fabs(totals[row].maximum) < INFINITY and is_regular(totals[row]):
             scales[row] = scale_of(totals[row], like)
         else:

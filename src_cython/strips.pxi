@@ -102,7 +102,8 @@ cdef void run_long_strip(
         size = min(length, n - first)
         copy_strip(source, first, columns, size, tiles, tile_size)
         fold_tiles(
-            tiles, tile_size, columns, size, nothing, apart, is_coarse(job), row_offsets, references, largest, high, low)
+            tiles, tile_size, columns, size, nothing, apart, is_coarse(job), job.has_zero and first == 0, row_offsets,
+            references, largest, high, low)
         for t in range(columns.n_tiles):
             for row in range(columns.count[t]):
                 state = state_in_lane(row, references + t * REFERENCE, largest[t], high[t], low[t])

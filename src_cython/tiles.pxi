@@ -240,7 +240,7 @@ cdef inline vec tile_extremes(const vec* tile, Py_ssize_t n, vec* smallest) noex
 
 cdef void fold_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, bint apart,
-    bint coarse, const vec* row_offsets, vec* references, vec* largest, vec* high, vec* low
+    bint coarse, bint has_zero, const vec* row_offsets, vec* references, vec* largest, vec* high, vec* low
 ) noexcept nogil:
     """The references, maxima and sums of the rows over a chunk; without the maxima apart, tiles become their terms.
 
@@ -253,7 +253,7 @@ cdef void fold_tiles(
     cdef vec* tile
     cdef int t, row
     for t in range(columns.n_tiles):
-        largest[t] = tile_extremes(<const vec*>tiles + t * tile_size, n, smallest + t)
+        largest[t] = raised_to_zero(tile_extremes(<const vec*>tiles + t * tile_size, n, smallest + t), has_zero)
     for t in range(columns.n_tiles):
         if coarse:
             coarse_reference_at(largest[t], references + t * REFERENCE)
@@ -264,6 +264,8 @@ cdef void fold_tiles(
         sum_tile(
             tiles + t * tile_size, n, upcoming, not apart, False, arithmetic, largest[t], references + t * REFERENCE,
             high + t, low + t)
+        if has_zero:
+            add_zero(arithmetic, references + t * REFERENCE, high + t, low + t)
         upcoming.place += upcoming.tile_stride
     for t in range(columns.n_tiles):
         tile = tiles + t * tile_size
@@ -346,7 +348,8 @@ cdef void reduce_tiles(
     for t in range(columns.n_tiles):
         row_offsets[t] = splat(0.0, y)
     fold_tiles(
-        tiles, tile_size, columns, n, upcoming, function != SOFTMAX, coarse, row_offsets, references, largest, high, low)
+        tiles, tile_size, columns, n, upcoming, function != SOFTMAX, coarse, job.has_zero, row_offsets, references, largest,
+        high, low)
     for t in range(columns.n_tiles):
         if coarse:
             coarse_normalize_rows(high[t], finishers + t * FINISHERS)

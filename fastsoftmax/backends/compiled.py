@@ -42,8 +42,9 @@ _FUNCTIONS: dict[Function, int] = {
     "softmax_vjp": 3,
     "log_softmax_vjp": 4,
     "logsumexp_vjp": 5,
+    "softmax_one": 6,
 }
-_STREAMING_FUNCTIONS: dict[Function, int] = {"fold_states": 0, "normalize": 1, "softmax_one": 2}
+_STREAMING_FUNCTIONS: dict[Function, int] = {"fold_states": 0, "normalize": 1}
 _FUNCTION_NAMES = {number: name for name, number in _FUNCTIONS.items()}
 _TRAVERSALS: dict[Traversal, int] = {"rows": 0, "strips": 1, "gather": 2, "tiles": 3, "split": 4}
 _EXPONENTIALS: dict[Exponentials, int] = {"output": 0, "scratch": 1, "recompute": 2, "none": 0}
@@ -208,15 +209,15 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     # Input and output together leave the last cache: what is written will not be read from there.
     streaming = function != "logsumexp" and 2 * n_bytes > caches.last_level
     if layout.itemsize == 2:  # other kernels round results where they are
-        streaming &= function == "softmax"
+        streaming &= function in ("softmax", "softmax_one")
     itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
     short = layout.n_cols <= _MAX_TILE_COLS[_tier][layout.itemsize] and layout.n_rows >= _MIN_TILE_ROWS
     if function in CROSS_ENTROPIES:
         return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
     if function in BANDED:
-        writes = function in ("normalize", "softmax_one") and not in_place
-        return _make_banded_schedule(layout, n_threads, n_blocks, streaming and writes)
+        streaming &= function == "normalize" and not in_place
+        return _make_banded_schedule(layout, n_threads, n_blocks, streaming)
     if function in VJPS:
         return _make_vjp_schedule(function, layout, in_place, max_threads)
     is_long = layout.n_cols * itemsize > _kernels.chunk_bytes
@@ -237,7 +238,7 @@ def make_schedule(function: Function, layout: Layout, in_place: bool, max_thread
     else:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, layout.n_cols * layout.itemsize, False
     exponentials: Exponentials = "none"
-    if function == "softmax":
+    if function in ("softmax", "softmax_one"):
         if traversal in ("gather", "strips") or layout.itemsize == 2:
             exponentials = "scratch" if layout.n_cols * itemsize <= _kernels.chunk_bytes else "recompute"
         elif traversal in ("rows", "split") and not (streaming or in_place):
@@ -382,7 +383,7 @@ def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: A
     )
 
 
-def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array | None) -> None:
+def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array) -> None:
     schedule = plan.schedule
     _kernels.run_streaming(
         _STREAMING_FUNCTIONS[plan.function],
@@ -444,9 +445,6 @@ def logsumexp_of_states(states: Array, is_single: bool) -> Array:
 
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
     schedule = plan.schedule
-    if plan.function == "softmax_one":
-        run_states(plan, layout, x, out, None)
-        return
     kernel: Callable[..., None]
     arguments: tuple[Any, ...]
     if factors is None:

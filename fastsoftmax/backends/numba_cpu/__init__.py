@@ -109,7 +109,7 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     if function in VJPS:
         if layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
             traversal, n_units = "strips", _count_strips(layout)
-    elif function in BANDED:
+    elif function in BANDED or function == "softmax_one":
         traversal = "rows" if layout.has_contiguous_rows else "gather"
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
