@@ -63,7 +63,8 @@ def run_adjusted(
     cdef AdjustedCall call
     cdef Py_ssize_t itemsize = sizeof(float) if is_single else sizeof(double)
     job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
-    job.has_zero, job.streaming, job.storage, job.adjusted = False, streaming, <Storage>storage, &adjusted
+    job.has_zero, job.streaming, job.storage = False, streaming, <Storage>storage
+    job.adjusted, job.sink = &adjusted, NULL
     job.kept, job.row = dimensions(kept), dimensions(reduced)
     adjusted.is_single, adjusted.x_storage = is_single, <Storage>x_storage
     adjusted.is_divided, adjusted.mask = temperature != 1.0, NULL

@@ -1,11 +1,6 @@
 """States that outlive a call, one a row: data are folded into them, and probabilities written from them."""
 
-cdef enum StreamingFunction:
-    FOLD_STATES
-    NORMALIZE
-
 cdef struct Streaming:
-    StreamingFunction function
     Rows rows
     State* states  # one a row, in the order of the axes, with the maximum apart
     bint streaming
@@ -16,26 +11,26 @@ cdef struct Streaming:
 
 
 def run_streaming(
-    int function, int traversal, bint streaming, int storage, tuple kept, tuple reduced, cnp.ndarray x, cnp.ndarray y,
+    int traversal, bint streaming, int storage, tuple kept, tuple reduced, cnp.ndarray x, cnp.ndarray y,
     cnp.ndarray states, Py_ssize_t n_blocks, int n_threads
 ):
     """Run a call.
 
     Parameters
     ----------
-    function : int
-        A value of StreamingFunction.
     traversal, streaming, storage, kept, reduced, x, n_blocks, n_threads
         As for `run`; the kept dimensions are in the order of the states.
     y : ndarray or None
-        Where probabilities go.
+        Where probabilities go; None to fold.
     states : ndarray
         float64, five numbers for each row: the members of State.
     """
     cdef Streaming call
-    call.function, call.streaming = <StreamingFunction>function, streaming
+    call.streaming, call.states = streaming, <State*>data_of(states)
+    if traversal in (TILES, STRIPS):
+        run_sink(FOLD_STATES, &call, 0, traversal, storage, kept, reduced, x, n_blocks, n_threads)
+        return
     call.rows = rows_of(traversal, storage, kept, reduced, x, y)
-    call.states = <State*>data_of(states)
     call.is_single, call.n_blocks, call.lacks_memory = cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64, n_blocks, False
     run_in_parts(run_streaming_block, &call, &call.first, n_blocks, n_threads)
     if call.lacks_memory:
@@ -66,10 +61,36 @@ cdef void run_streaming_bands(Streaming* call, Py_ssize_t block, const vec* like
 
 cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scratch) noexcept nogil:
     cdef Band band = band_at(&call.rows, index, <const vec*>scratch)
-    if call.function == FOLD_STATES:
+    if call.rows.y == NULL:
         fold_band(&call.rows, &band, True, call.states + band.row, scratch, NULL, NULL)
     else:
         write_normalized(call, &band, scratch)
+
+
+cdef void fold_tiles_into_states(
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Streaming* call,
+    Py_ssize_t first_row
+) noexcept nogil:
+    """Fold rows of up to a chunk, as `fold_band` does."""
+    cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec[REFERENCE * MAX_TILES] references
+    cdef vec exponent
+    cdef State[MAX_LANES] others
+    cdef State* states
+    cdef int t, row
+    for t in range(columns.n_tiles):
+        row_offsets[t] = splat(0.0, tiles)
+        states = call.states + first_row + columns.first[t]
+        for row in range(columns.count[t]):
+            put(row_offsets + t, row, offset_for_more(states[row]))
+    fold_tiles(
+        tiles, tile_size, columns, n, upcoming, False, True, False, False, row_offsets, references, largest, high, low)
+    for t in range(columns.n_tiles):
+        states = call.states + first_row + columns.first[t]
+        exponent = exponent_of(references + t * REFERENCE)
+        for row in range(columns.count[t]):
+            others[row] = state_in_lane(row, references + t * REFERENCE, &exponent, largest + t, high + t, low + t)
+        merge_each(states, others, columns.count[t])
 
 
 cdef void write_normalized(const Streaming* call, const Band* band, vec* scratch) noexcept nogil:
@@ -120,10 +141,11 @@ def merge_rows(cnp.ndarray states, cnp.ndarray others):
     """Make of each state that of its elements and of those of another."""
     cdef State* into = <State*>cnp.PyArray_DATA(states)
     cdef const State* other = <const State*>cnp.PyArray_DATA(others)
-    cdef Py_ssize_t row, n_rows = states.shape[0]
+    cdef Py_ssize_t row = 0, n_rows = states.shape[0]
     with nogil:
-        for row in range(n_rows):
-            into[row] = merge(into[row], other[row], True)
+        while row < n_rows:
+            merge_each(into + row, other + row, <int>min(<Py_ssize_t>MAX_LANES, n_rows - row))
+            row += MAX_LANES
 
 
 def logsumexp_of_rows(cnp.ndarray states, bint is_single, cnp.ndarray result):

@@ -74,7 +74,9 @@ MAX_TILE_COLS = {4: 64, 8: 48}
 MIN_TILE_ROWS = 16
 
 
-def plan(function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None) -> Plan:
+def plan(
+    function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None, n_selected: int = 0
+) -> Plan:
     max_threads = _schedule.max_threads() if layout.size >= 2 * MIN_ELEMENTS_PER_THREAD else 1
     if adjustment is not None:
         return _make_adjusted_plan(function, layout, max_threads)
