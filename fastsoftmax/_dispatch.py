@@ -45,7 +45,7 @@ VJPS: frozenset[Function] = frozenset({"softmax_vjp", "log_softmax_vjp", "logsum
 # The dense one has probabilities for targets, or capped logits.
 CROSS_ENTROPIES: frozenset[Function] = frozenset({"softmax_cross_entropy", "dense_cross_entropy"})
 # These visit rows in bands (see src_cython/bands.pxi); two are the ways of `OnlineSoftmax` into and out of its states.
-BANDED: frozenset[Function] = frozenset({"softmax_one", "fold_states", "normalize", "softmax_topk", "sample"})
+BANDED: frozenset[Function] = frozenset({"fold_states", "normalize", "softmax_topk", "sample"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,12 @@ class BackendModule(Protocol):
     CONVERTS: frozenset[str]
 
     def plan(
-        self, function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None
+        self,
+        function: Function,
+        layout: Layout,
+        in_place: bool,
+        adjustment: Adjustment | None = None,
+        n_selected: int = 0,
     ) -> Plan: ...
 
     def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
@@ -550,7 +555,7 @@ def execute_states(
 
 def execute_topk(module: BackendModule, layout: Layout, x: Array, values: Array, indices: Array) -> None:
     """`execute` for the largest probabilities and their indices: k columns, and a row for each of the input."""
-    plan = module.plan("softmax_topk", layout, False)
+    plan = module.plan("softmax_topk", layout, False, None, values.shape[1])
     module.run_topk(plan, layout, x, values, indices)
     _record(plan)
 
@@ -562,6 +567,8 @@ def execute_sampling(
 
     Both arrays are contiguous and have a row for each of the input.
     """
-    plan = module.plan("sample", layout, False)
+    # As few as make up top_p may be all.
+    n_selected = terms.top_k or (layout.n_cols if terms.top_p < 1 else 0)
+    plan = module.plan("sample", layout, False, None, n_selected)
     module.run_sampling(plan, layout, x, uniforms, draws, terms)
     _record(plan)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-Traversal = Literal["rows", "split", "tiles", "strips", "gather", "array"]
+Traversal = Literal["rows", "split", "tiles", "strips", "bands", "gather", "array"]
 Exponentials = Literal["output", "scratch", "recompute", "none"]
 
 
@@ -23,11 +23,11 @@ class Schedule:
 
     Parameters
     ----------
-    traversal : {"rows", "split", "tiles", "strips", "gather", "array"}
+    traversal : {"rows", "split", "tiles", "strips", "bands", "gather", "array"}
         ``rows``: one contiguous row after the other. ``split``: the same, with all threads on each row. ``tiles``: many
-        short rows side by side. ``strips``: bands of adjacent rows, for a reduced axis that is not the last.
-        ``gather``: rows of any other stride, collected a chunk at a time. ``array``: the whole array at once, in NumPy
-        expressions.
+        short rows side by side. ``strips``: bands of adjacent rows, for a reduced axis that is not the last. ``bands``:
+        the same, turned into contiguous rows that are visited one after the other. ``gather``: rows of any other
+        stride, collected a chunk at a time. ``array``: the whole array at once, in NumPy expressions.
     exponentials : {"output", "scratch", "recompute", "none"}
         Where exp(x) waits for the sum: in the output itself, in a cache-sized scratch, nowhere (the second pass
         computes it again), or it is never needed.

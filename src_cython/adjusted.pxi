@@ -63,7 +63,8 @@ def run_adjusted(
     cdef AdjustedCall call
     cdef Py_ssize_t itemsize = sizeof(float) if is_single else sizeof(double)
     job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
-    job.streaming, job.storage, job.adjusted = streaming, <Storage>storage, &adjusted
+    job.has_zero, job.streaming, job.storage = False, streaming, <Storage>storage
+    job.adjusted, job.sink = &adjusted, NULL
     job.kept, job.row = dimensions(kept), dimensions(reduced)
     adjusted.is_single, adjusted.x_storage = is_single, <Storage>x_storage
     adjusted.is_divided, adjusted.mask = temperature != 1.0, NULL
@@ -344,7 +345,7 @@ cdef inline void fold_part(
         if not apart:
             state.maximum = 0.0
     else:
-        state = fold_chunk(x, <vec*>NULL, n, False, apart, row.row_offset)
+        state = fold_chunk(x, <vec*>NULL, n, False, apart, False, row.row_offset)
     if first == 0:
         row.total, row.row_offset = state, state.offset
     else:
@@ -448,7 +449,7 @@ cdef void run_adjusted_rows(
         run_divided_rows(
             sources, terms, targets, n_rows, n, function, &call.job.adjusted.temperature, streams)
     else:
-        run_rows(sources, terms, targets, n_rows, n, function, IN_SCRATCH if streams else IN_OUTPUT, streams)
+        run_rows(sources, terms, targets, n_rows, n, function, False, IN_SCRATCH if streams else IN_OUTPUT, streams)
     for r in range(n_rows):
         if function == LOGSUMEXP:
             store_stored(rows[r].y, splat(get(<const vec*>targets[r], 0), logits), 1, call.job.storage)

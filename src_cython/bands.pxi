@@ -13,7 +13,7 @@ cdef struct Rows:
     const void* x
     void* y  # of the shape of x, or NULL
     Storage storage
-    Traversal traversal  # ROWS, STRIPS or GATHER
+    Traversal traversal  # ROWS, BANDS or GATHER
     Py_ssize_t n
     Py_ssize_t spacing  # bytes from a turned row to the next
     double divisor  # of all elements
@@ -40,7 +40,7 @@ cdef Rows rows_of(int traversal, int storage, tuple kept, tuple reduced, cnp.nda
 
 cdef inline Py_ssize_t count_bands(const Rows* rows, const vec* like) noexcept nogil:
     cdef Py_ssize_t n_rows = total_size(&rows.kept), inner
-    if rows.traversal != STRIPS:
+    if rows.traversal != BANDS:
         return n_rows
     inner = rows.kept.size[rows.kept.count - 1]
     return n_rows // inner * bands_together(inner, like)
@@ -55,7 +55,7 @@ cdef inline Band band_at(const Rows* rows, Py_ssize_t index, const vec* like) no
     cdef Band band
     cdef Py_ssize_t inner, first
     band.row, band.count = index, 1
-    if rows.traversal == STRIPS:
+    if rows.traversal == BANDS:
         inner = rows.kept.size[rows.kept.count - 1]
         first = index % bands_together(inner, like) * narrow_strip_columns(like)
         band.row = index // bands_together(inner, like) * inner + first
@@ -70,7 +70,7 @@ cdef inline Py_ssize_t count_chunks(const Rows* rows, const vec* like) noexcept 
 
 cdef inline Py_ssize_t band_bytes(const Rows* rows, const vec* like) noexcept nogil:
     """Scratch for a chunk of each row of a band."""
-    return rows.spacing * (narrow_strip_columns(like) if rows.traversal == STRIPS else 1)
+    return rows.spacing * (narrow_strip_columns(like) if rows.traversal == BANDS else 1)
 
 
 cdef inline vec* row_of_band(const Rows* rows, const vec* chunks, int row) noexcept nogil:
@@ -89,7 +89,7 @@ cdef inline const vec* read_band(
     if rows.traversal == ROWS:
         divide(at(<const vec*>x, first), scratch, size, rows.divisor)
         return scratch
-    if rows.traversal == STRIPS:
+    if rows.traversal == BANDS:
         turn(
             x + first * rows.row.x_stride[0], rows.row.x_stride[0], size, band.count, scratch, rows.spacing, AS_COMPUTED,
             AS_COMPUTED, scratch)
@@ -116,7 +116,7 @@ cdef inline void write_band(
 ) noexcept nogil:
     """Write a chunk of each row to its place in the output, unless it is there already."""
     cdef char* y = <char*>rows.y + band.y_offset
-    if rows.traversal == STRIPS:
+    if rows.traversal == BANDS:
         turn(
             chunks, rows.spacing, band.count, size, y + first * rows.row.y_stride[0], rows.row.y_stride[0], AS_COMPUTED,
             AS_COMPUTED, chunks)
@@ -129,6 +129,11 @@ cdef inline vec* output_of_band(const Rows* rows, const Band* band, Py_ssize_t f
     if rows.traversal == ROWS:
         return <vec*>at(<const vec*>(<const char*>rows.y + band.y_offset), first)
     return scratch
+
+
+cdef inline double offset_for_more(State state) noexcept nogil:
+    """The offset of a row that more is folded into."""
+    return state.offset if state.offset > -INFINITY else 0.0
 
 
 cdef void fold_band(
@@ -144,12 +149,12 @@ cdef void fold_band(
     cdef State state
     cdef int row
     for row in range(band.count):
-        row_offsets[row] = totals[row].offset if totals[row].offset > -INFINITY else 0.0
+        row_offsets[row] = offset_for_more(totals[row])
     while first < rows.n:
         size = min(length, rows.n - first)
         chunks = read_band(rows, band, first, size, scratch)
         for row in range(band.count):
-            state = fold_chunk(row_of_band(rows, chunks, row), <vec*>NULL, size, False, apart, row_offsets[row])
+            state = fold_chunk(row_of_band(rows, chunks, row), <vec*>NULL, size, False, apart, False, row_offsets[row])
             if first == 0 and totals[row].offset == -INFINITY:
                 row_offsets[row] = state.offset
             totals[row] = merge(totals[row], state, apart)

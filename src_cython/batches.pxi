@@ -95,7 +95,7 @@ cdef inline void coarse_normalize_rows(vec high, vec* finishers) noexcept nogil:
 
 
 cdef inline void find_batch_references(
-    const vec** x, int n_rows, Py_ssize_t n, vec* references, vec* largest, vec* smallest
+    const vec** x, int n_rows, Py_ssize_t n, bint has_zero, vec* references, vec* largest, vec* smallest
 ) noexcept nogil:
     """The maxima and references of the rows, a row in each lane, and the minima of the lanes of each row."""
     cdef vec[MAX_LANES] tops
@@ -107,18 +107,20 @@ cdef inline void find_batch_references(
         for row in range(distance):
             tops[row] = maximum(tops[row], tops[row + distance])
         distance //= 2
-    largest[0] = tops[0]
+    largest[0] = raised_to_zero(tops[0], has_zero)
     reference_at(largest[0], splat(0.0, largest), references)
 
 
 cdef inline void fold_batch(
-    const vec** x, vec** terms, int n_rows, Py_ssize_t n, bint keep, bint apart, const vec* smallest,
+    const vec** x, vec** terms, int n_rows, Py_ssize_t n, bint keep, bint apart, bint has_zero, const vec* smallest,
     const vec* references, vec largest, vec* high, vec* low
 ) noexcept nogil:
     """The sums of the rows, a row in each lane; with `keep`, their terms too."""
     cdef vec enough, high_apart, low_apart
     cdef int row
     sum_batch(x, terms, n_rows, n, keep, False, smallest, references, largest, high, low)
+    if has_zero:
+        add_zero(FULL, references, high, low)
     if apart:
         enough = without_top(largest, n, references, high, low)
         enough = load_first(&enough, n_rows, splat(-INFINITY, references))
@@ -241,8 +243,8 @@ cdef inline void write_rows(
 
 
 cdef void run_rows(
-    const vec** x, vec** terms, vec** y, int n_rows, Py_ssize_t n, Function function, Exponentials exponentials,
-    bint streaming
+    const vec** x, vec** terms, vec** y, int n_rows, Py_ssize_t n, Function function, bint has_zero,
+    Exponentials exponentials, bint streaming
 ) noexcept nogil:
     """Run rows of n elements, at most a register's lanes and a chunk; terms wait in `terms`, if they wait."""
     cdef vec[REFERENCE] references
@@ -251,8 +253,9 @@ cdef void run_rows(
     cdef vec largest, high, low, log_high, log_low
     cdef bint keep = function == SOFTMAX and exponentials != RECOMPUTE
     cdef int row
-    find_batch_references(x, n_rows, n, references, &largest, smallest)
-    fold_batch(x, terms, n_rows, n, keep, function != SOFTMAX, <const vec*>smallest, references, largest, &high, &low)
+    find_batch_references(x, n_rows, n, has_zero, references, &largest, smallest)
+    fold_batch(
+        x, terms, n_rows, n, keep, function != SOFTMAX, has_zero, <const vec*>smallest, references, largest, &high, &low)
     if function == SOFTMAX:
         normalize_rows(largest, high, low, references, finishers)
         if keep:
@@ -287,4 +290,4 @@ cdef void run_batch(
         locate(&job.kept, first + row, &x_offset, &y_offset)
         sources[row], targets[row] = <const vec*>(<const char*>x + x_offset), <vec*>(<char*>y + y_offset)
         terms[row] = <vec*>at(<const vec*>scratch, row * n) if job.exponentials == IN_SCRATCH else targets[row]
-    run_rows(sources, terms, targets, n_rows, n, job.function, job.exponentials, job.streaming)
+    run_rows(sources, terms, targets, n_rows, n, job.function, job.has_zero, job.exponentials, job.streaming)

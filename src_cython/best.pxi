@@ -11,6 +11,7 @@ cdef enum:
     # are above it that the 50 largest of 50,000 take about 200 elements, and 800 without.
     PARTS = 2  # times k
     MAX_PART_REGISTERS = 8
+    SMALL = 64  # candidates that are sorted by insertion
 
 cdef struct Candidate:
     double value
@@ -119,6 +120,28 @@ cdef inline void take(Best* best, double value, int64_t index) noexcept nogil:
         best.has_threshold, best.threshold = True, best.candidates[best.k - 1].value
 
 
+cdef void select_from_tile(const vec* tile, Py_ssize_t n, Py_ssize_t k, vec* tops, vec* places) noexcept nogil:
+    """The k largest elements of each row of a tile, in order, and where they are. NaN count as -inf.
+
+    An element takes the last place and rises past those that are smaller. Most elements of long rows do not get there.
+    """
+    cdef vec nothing = splat(-INFINITY, tile), x, place, above
+    cdef Py_ssize_t element, j
+    for element in range(n):
+        x, place, j = maximum(tile[element], nothing), splat(element, tile), min(element, k - 1)
+        if element >= k:
+            if not any_greater(x, tops[j]):
+                continue
+            place = where_at_most(x, tops[j], places[j], place)
+            x = maximum(x, tops[j])
+        while j:
+            above = tops[j - 1]
+            tops[j], places[j] = minimum(x, above), where_at_most(x, above, place, places[j - 1])
+            place = where_at_most(x, above, places[j - 1], place)
+            x, j = maximum(x, above), j - 1
+        tops[0], places[0] = x, place
+
+
 cdef void keep_best(Best* best) noexcept nogil:
     """Leave no more than k candidates, and none of them out; after the last offer."""
     if best.count > best.k:
@@ -181,8 +204,16 @@ cdef inline void sink(Candidate* heap, Py_ssize_t count, Py_ssize_t place) noexc
 
 
 cdef void sort_candidates(Candidate* candidates, Py_ssize_t count) noexcept nogil:
-    """Put candidates into order, the best first."""
-    cdef Py_ssize_t end
+    """Put candidates into order, the best first: few by insertion."""
+    cdef Candidate moving
+    cdef Py_ssize_t end, i, j
+    if count <= SMALL:
+        for i in range(1, count):
+            moving, j = candidates[i], i
+            while j and is_worse(candidates[j - 1], moving):
+                candidates[j], j = candidates[j - 1], j - 1
+            candidates[j] = moving
+        return
     for end in range(count // 2 - 1, -1, -1):
         sink(candidates, count, end)
     for end in range(count - 1, 0, -1):

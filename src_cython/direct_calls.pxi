@@ -244,8 +244,9 @@ cdef inline int run_remembered(const Remembered* schedule, cnp.ndarray source, c
     """Run a call by its schedule, laid out as the general way does it."""
     cdef Job job
     job.function, job.traversal = schedule.shape.function, schedule.traversal
-    job.exponentials, job.streaming = schedule.exponentials, schedule.streaming
-    job.storage, job.adjusted = storage_of_type(schedule.shape.type_number), NULL
+    job.exponentials, job.streaming, job.storage = (
+        schedule.exponentials, schedule.streaming, storage_of_type(schedule.shape.type_number))
+    job.has_zero, job.adjusted, job.sink = False, NULL, NULL
     lay_out(&schedule.shape, &job.kept, &job.row)
     return run_job(&job, source, target, schedule.n_blocks, schedule.n_threads, cnp.PyArray_SIZE(source) > SMALL_SIZE)
 

@@ -101,7 +101,7 @@ cdef void scatter(
 
 
 cdef State fold_gathered(
-    const void* x, const Dimensions* row, Py_ssize_t n, bint apart, vec* scratch, Storage storage
+    const void* x, const Dimensions* row, Py_ssize_t n, bint apart, bint has_zero, vec* scratch, Storage storage
 ) noexcept nogil:
     """The state of a row; the scratch is left with its last chunk. 16-bit rows whose maximum is not apart are COARSE."""
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
@@ -111,9 +111,10 @@ cdef State fold_gathered(
         size = min(length, n - first)
         gather(x, row, first, size, scratch, storage)
         if storage != AS_COMPUTED and not apart:
-            state = fold_coarse_chunk(<const vec*>scratch, <vec*>NULL, size, False)
+            state = fold_coarse_chunk(<const vec*>scratch, <vec*>NULL, size, False, has_zero and first == 0)
         else:
-            state = fold_chunk(<const vec*>scratch, <vec*>NULL, size, False, apart, row_offset)
+            state = fold_chunk(
+                <const vec*>scratch, <vec*>NULL, size, False, apart, has_zero and first == 0, row_offset)
         if first == 0:
             total, row_offset = state, state.offset
         else:
@@ -123,7 +124,7 @@ cdef State fold_gathered(
 
 
 cdef void softmax_gathered(
-    const void* x, void* y, const Dimensions* row, Py_ssize_t n, vec* scratch, Storage storage
+    const void* x, void* y, const Dimensions* row, Py_ssize_t n, bint has_zero, vec* scratch, Storage storage
 ) noexcept nogil:
     """Softmax of one row; `scratch` has room for two chunks."""
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
@@ -136,11 +137,11 @@ cdef void softmax_gathered(
     if terms != NULL:
         gather(x, row, 0, n, scratch, storage)
         if coarse:
-            total = fold_coarse_chunk(<const vec*>scratch, result, n, True)
+            total = fold_coarse_chunk(<const vec*>scratch, result, n, True, has_zero)
         else:
-            total = fold_chunk(<const vec*>scratch, result, n, True, False, 0.0)
+            total = fold_chunk(<const vec*>scratch, result, n, True, False, has_zero, 0.0)
     else:
-        total = fold_gathered(x, row, n, False, scratch, storage)
+        total = fold_gathered(x, row, n, False, has_zero, scratch, storage)
     cdef bint regular = is_regular(total)
     if regular and coarse:
         make_reference(splat(total.offset, scratch), splat(total.exponent, scratch), reference)
@@ -168,7 +169,7 @@ cdef void log_softmax_gathered(
     const void* x, void* y, const Dimensions* row, Py_ssize_t n, vec* scratch, Storage storage
 ) noexcept nogil:
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
-    cdef State total = fold_gathered(x, row, n, True, scratch, storage)
+    cdef State total = fold_gathered(x, row, n, True, False, scratch, storage)
     cdef Scale scale = log_scale_of(total, <const vec*>scratch)
     while first < n:
         size = min(length, n - first)

@@ -45,6 +45,10 @@ cdef enum Function:
     SOFTMAX_VJP
     LOG_SOFTMAX_VJP
     LOGSUMEXP_VJP
+    SOFTMAX_ONE  # the softmax of rows that have a zero beside their elements, and is run as that
+    FOLD_STATES
+    SOFTMAX_TOPK
+    SAMPLE
 
 cdef enum Traversal:
     ROWS
@@ -52,6 +56,7 @@ cdef enum Traversal:
     GATHER
     TILES
     SPLIT
+    BANDS
 
 cdef struct Temperature:  # with what a quotient is made of: see divided.pxi
     double value
@@ -78,9 +83,12 @@ cdef struct Job:
     Function function
     Traversal traversal
     Exponentials exponentials
+    bint has_zero  # of which nothing is written
     bint streaming
     Storage storage  # of the output; of the input too, where nothing is adjusted
     const Adjusted* adjusted  # NULL for nothing
+    void* sink  # what takes the rows of a function that has no output of their shape; else NULL
+    Py_ssize_t n_selected  # elements of each row, for the sink
     Dimensions kept
     Dimensions row
 
@@ -153,10 +161,47 @@ def run(
     cdef Job job
     if storage == BFLOAT16:
         bfloat16_number = cnp.PyArray_TYPE(x)
-    job.function, job.traversal, job.exponentials = <Function>function, <Traversal>traversal, <Exponentials>exponentials
-    job.streaming, job.storage, job.adjusted = streaming, <Storage>storage, NULL
+    job.function, job.has_zero = <Function>function, False
+    if function == SOFTMAX_ONE:
+        job.function, job.has_zero = SOFTMAX, True
+    job.traversal, job.exponentials = <Traversal>traversal, <Exponentials>exponentials
+    job.streaming, job.storage, job.adjusted, job.sink = streaming, <Storage>storage, NULL, NULL
     job.kept, job.row = dimensions(kept), dimensions(reduced)
     run_job(&job, x, out, n_blocks, n_threads, True)
+
+
+cdef int run_sink(
+    Function function, void* sink, Py_ssize_t n_selected, int traversal, int storage, tuple kept, tuple reduced,
+    cnp.ndarray x, Py_ssize_t n_blocks, int n_threads
+) except -1:
+    """Run tiles or strips of rows for a function that has results of its own, in the order of the kept dimensions."""
+    cdef Job job
+    job.function, job.has_zero, job.traversal, job.exponentials = function, False, <Traversal>traversal, IN_SCRATCH
+    job.streaming, job.storage, job.adjusted, job.sink = False, <Storage>storage, NULL, sink
+    job.kept, job.row, job.n_selected = dimensions(kept), dimensions(reduced), n_selected
+    return run_job(&job, x, x, n_blocks, n_threads, True)
+
+
+cdef inline void sink_tiles(
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Job* job,
+    Py_ssize_t first_row, vec* room
+) noexcept nogil:
+    """Hand over rows, of which this is the number of the first; they may be overwritten."""
+    if job.function == FOLD_STATES:
+        fold_tiles_into_states(tiles, tile_size, columns, n, upcoming, <Streaming*>job.sink, first_row)
+    elif job.function == SOFTMAX_TOPK:
+        select_from_tiles(tiles, tile_size, columns, n, upcoming, <Selection*>job.sink, first_row, room)
+    else:
+        sample_from_tiles(tiles, tile_size, columns, n, upcoming, <Sampling*>job.sink, first_row, room)
+
+
+cdef inline Py_ssize_t room_for_sink(const Job* job, int n_tiles, Py_ssize_t n, const vec* like) noexcept nogil:
+    """Scratch of a sink, in registers: for what is selected and where it is, or the terms of a tile and their sums."""
+    if job.sink == NULL or job.function == FOLD_STATES:
+        return 0
+    if job.n_selected:
+        return 2 * job.n_selected * n_tiles
+    return n + 2 * (n + lanes(like)) * <Py_ssize_t>sizeof(double) // REGISTER_BYTES
 
 
 cdef int run_job(
@@ -224,9 +269,11 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         n_strips = (left_out + job.kept.size[job.kept.count] + strip_columns(n, x) - 1) // strip_columns(n, x)
         n_units = total_size(&job.kept) * n_strips
         scratch_bytes = strip_columns(n, x) * itemsize(x) * tile_registers(n, x)
+        scratch_bytes += room_for_sink(job, <int>strip_columns(n, x) // lanes(x), n, x) * REGISTER_BYTES
     elif job.traversal == TILES:
         n_together = turned_tiles(n) * lanes(x)
         scratch_bytes = (2 if job.adjusted == NULL else 3) * turned_tiles(n) * n * REGISTER_BYTES
+        scratch_bytes += room_for_sink(job, turned_tiles(n), n, x) * REGISTER_BYTES
     elif job.traversal == GATHER:
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     else:
@@ -273,14 +320,14 @@ cdef inline void run_row(
         if job.function == LOGSUMEXP:
             put(y, 0, logsumexp_of_state(fold_row(x, n), x))
         elif job.function == SOFTMAX:
-            softmax_row(x, y, n, job.exponentials, scratch, states, job.streaming)
+            softmax_row(x, y, n, job.has_zero, job.exponentials, scratch, states, job.streaming)
         else:
             log_softmax_row(x, y, n, job.streaming)
     elif job.function == LOGSUMEXP:
-        total = fold_gathered(x, &job.row, n, True, scratch, job.storage)
+        total = fold_gathered(x, &job.row, n, True, False, scratch, job.storage)
         store_stored(y, splat(logsumexp_of_state(total, x), y), 1, job.storage)
     elif job.function == SOFTMAX:
-        softmax_gathered(x, y, &job.row, n, scratch, job.storage)
+        softmax_gathered(x, y, &job.row, n, job.has_zero, scratch, job.storage)
     else:
         log_softmax_gathered(x, y, &job.row, n, scratch, job.storage)
 
@@ -392,7 +439,8 @@ cdef void one_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
     cdef State state
     # Longer rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
     if n:
-        softmax_row(x, y, n, IN_OUTPUT if n <= chunk_length(x) else RECOMPUTE, <vec*>NULL, &state, False)
+        softmax_row(
+            x, y, n, False, IN_OUTPUT if n <= chunk_length(x) else RECOMPUTE, <vec*>NULL, &state, False)
 
 
 cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:

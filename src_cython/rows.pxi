@@ -264,12 +264,29 @@ cdef inline vec without_top(
     return top * splat(n * by_type(2.0**-17, 2.0**-46, &top), &top)
 
 
+cdef inline vec raised_to_zero(vec largest, bint has_zero) noexcept nogil:
+    """Maxima, of the elements and of a zero beside them if there is one."""
+    return maximum(largest, splat(0.0, &largest)) if has_zero else largest
+
+
+cdef inline void add_zero(Arithmetic arithmetic, const vec* reference, vec* high, vec* low) noexcept nogil:
+    """Add the term of the zero beside the elements to their sum."""
+    cdef vec zero = splat(0.0, reference), term, residual
+    if arithmetic == COARSE:
+        coarse_exp(&zero, &term, 1, reference, 0)
+        high[0] = high[0] + term
+    else:
+        scaled_exp(&zero, &term, &residual, 1, reference, 0)
+        accumulate(high, low, term, residual)
+
+
 cdef State fold_chunk(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, double row_offset
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, bint has_zero, double row_offset
 ) noexcept nogil:
     """The state of one chunk; with `keep`, its terms too, relative to the state's exponent."""
     cdef vec[REFERENCE] reference
-    cdef vec smallest, largest = largest_lane(lane_extremes(x, n, &smallest)), high, low, enough
+    cdef vec smallest, largest = raised_to_zero(largest_lane(lane_extremes(x, n, &smallest)), has_zero)
+    cdef vec high, low, enough
     cdef Arithmetic arithmetic
     cdef State state
     state.maximum = lane(largest, 0)
@@ -278,6 +295,8 @@ cdef State fold_chunk(
     reference_at(largest, splat(row_offset, x), reference)
     arithmetic = arithmetic_for(smallest, reference)
     sum_chunk(x, terms, n, keep, False, arithmetic, reference, largest, &high, &low)
+    if has_zero:
+        add_zero(FULL, reference, &high, &low)
     if apart:
         enough = without_top(largest, n, reference, &high, &low)
         if any_greater(enough, high):
@@ -289,10 +308,10 @@ cdef State fold_chunk(
     return state
 
 
-cdef State fold_coarse_chunk(const vec* x, vec* terms, Py_ssize_t n, bint keep) noexcept nogil:
+cdef State fold_coarse_chunk(const vec* x, vec* terms, Py_ssize_t n, bint keep, bint has_zero) noexcept nogil:
     """`fold_chunk` for COARSE terms."""
     cdef vec[REFERENCE] reference
-    cdef vec smallest, largest = largest_lane(lane_extremes(x, n, &smallest)), top, high, low
+    cdef vec smallest, largest = raised_to_zero(largest_lane(lane_extremes(x, n, &smallest)), has_zero), top, high, low
     cdef int distance = lanes(x) // 2
     cdef State state = identity()
     state.maximum = lane(largest, 0)
@@ -303,6 +322,8 @@ cdef State fold_coarse_chunk(const vec* x, vec* terms, Py_ssize_t n, bint keep) 
     while distance:
         high = high + swap(high, distance)
         distance //= 2
+    if has_zero:
+        add_zero(COARSE, reference, &high, &low)
     state.offset, state.exponent, state.high = state.maximum, lane(exponent_of(reference), 0), lane(high, 0)
     return state
 
@@ -415,9 +436,10 @@ cdef inline void fill_nan(vec* y, Py_ssize_t n) noexcept nogil:
 
 
 cdef void softmax_row(
-    const vec* x, vec* y, Py_ssize_t n, Exponentials exponentials, vec* scratch, State* states, bint streaming
+    const vec* x, vec* y, Py_ssize_t n, bint has_zero, Exponentials exponentials, vec* scratch, State* states,
+    bint streaming
 ) noexcept nogil:
-    """Softmax of one row.
+    """Softmax of one row, or of one that `has_zero` beside its elements.
 
     `scratch` has room for the row's terms if they go there, `states` for one state a chunk.
     """
@@ -429,9 +451,10 @@ cdef void softmax_row(
     while first < n:
         size = min(length, n - first)
         if exponentials == RECOMPUTE:
-            state = fold_chunk(at(x, first), <vec*>NULL, size, False, False, row_offset)
+            state = fold_chunk(at(x, first), <vec*>NULL, size, False, False, has_zero and first == 0, row_offset)
         else:
-            state = fold_chunk(at(x, first), <vec*>at(<const vec*>terms, first), size, True, False, row_offset)
+            state = fold_chunk(
+                at(x, first), <vec*>at(<const vec*>terms, first), size, True, False, has_zero and first == 0, row_offset)
             states[first // length] = state
         if first == 0:
             total, row_offset = state, state.offset
@@ -462,7 +485,7 @@ cdef State fold_row(const vec* x, Py_ssize_t n) noexcept nogil:
     cdef State state, total = identity()
     cdef double row_offset = 0.0
     while first < n:
-        state = fold_chunk(at(x, first), <vec*>NULL, min(length, n - first), False, True, row_offset)
+        state = fold_chunk(at(x, first), <vec*>NULL, min(length, n - first), False, True, False, row_offset)
         if first == 0:
             total, row_offset = state, state.offset
         else:

@@ -11,7 +11,6 @@ others, elements are counted by how far they are below the maximum, which tells 
 
 cdef enum:
     BLOCK = 64  # elements
-    SMALL = 64  # candidates that are sorted as a whole
     MAX_BLOCKS = CHUNK_BYTES // 4 // BLOCK
     FIRST_CANDIDATES = 64  # of top-p alone, which may need more
     # Distances from the maximum, in steps of 1 / 32: what is 64 below it has no share that can be seen.
@@ -60,6 +59,9 @@ def run_sampling(
     call.rows.divisor, call.top_k, call.top_p, call.n_draws = temperature, top_k, top_p, uniforms.shape[1]
     call.uniforms, call.indices = <double*>data_of(uniforms), <int64_t*>data_of(indices)
     call.is_single, call.n_blocks, call.lacks_memory = cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64, n_blocks, False
+    if traversal in (TILES, STRIPS):
+        run_sink(SAMPLE, &call, n_candidates(&call), traversal, storage, kept, reduced, x, n_blocks, n_threads)
+        return
     run_in_parts(run_sampling_block, &call, &call.first, n_blocks, n_threads)
     if call.lacks_memory:
         raise MemoryError("no memory for the scratch of a row")
@@ -75,7 +77,7 @@ cdef void run_sampling_block(void* context, Py_ssize_t block) noexcept nogil:
 
 cdef void sample_bands(Sampling* call, Py_ssize_t block, const vec* like) noexcept nogil:
     cdef Py_ssize_t n_bands = count_bands(&call.rows, like), n_chunks = count_chunks(&call.rows, like), index
-    cdef Py_ssize_t n_together = narrow_strip_columns(like) if call.rows.traversal == STRIPS else 1
+    cdef Py_ssize_t n_together = narrow_strip_columns(like) if call.rows.traversal == BANDS else 1
     cdef Py_ssize_t room = band_bytes(&call.rows, like)
     cdef char* memory = <char*>malloc(room + CHUNK_BYTES + REGISTER_BYTES)
     cdef Workspace work
@@ -133,6 +135,61 @@ cdef void sample_band(Sampling* call, Py_ssize_t index, Workspace* work, const v
         draw_elements(call, &band, n_chunks, work, like)
 
 
+cdef void sample_from_tiles(
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, Sampling* call,
+    Py_ssize_t first_row, vec* room
+) noexcept nogil:
+    """`sample_band` for rows of up to a chunk: by their terms, or by what is selected if nothing else may be drawn.
+
+    `room` is that of `room_for_sink`.
+    """
+    cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec[REFERENCE * MAX_TILES] references
+    cdef vec exponent, divisor = splat(call.rows.divisor, tiles)
+    cdef Py_ssize_t k = n_candidates(call), spacing = n * itemsize(<const vec*>tiles), element
+    cdef Candidate[SMALL] candidates
+    cdef double chunk_sum
+    cdef int64_t draw
+    cdef State total
+    cdef Workspace work
+    cdef Best best
+    cdef Band band
+    cdef int t, row
+    work.states, work.chunk_sums, work.lists = &total, &chunk_sum, &draw
+    work.element_sums = <double*>(room + n)
+    band.count = 1
+    for t in range(columns.n_tiles):
+        row_offsets[t] = splat(0.0, tiles)
+        for element in range(n if call.rows.divisor != 1.0 else 0):
+            tiles[t * tile_size + element] = tiles[t * tile_size + element] / divisor
+        if k:
+            select_from_tile(tiles + t * tile_size, n, k, room + 2 * k * t, room + 2 * k * t + k)
+    fold_tiles(
+        tiles, tile_size, columns, n, upcoming, True, False, False, False, row_offsets, references, largest, high, low)
+    for t in range(columns.n_tiles):
+        exponent = exponent_of(references + t * REFERENCE)
+        if not k:
+            turn(
+                tiles + t * tile_size, REGISTER_BYTES, n, columns.count[t], room, spacing, AS_COMPUTED, AS_COMPUTED,
+                <const vec*>tiles)
+        for row in range(columns.count[t]):
+            band.row = first_row + columns.first[t] + row
+            total = state_in_lane(row, references + t * REFERENCE, &exponent, largest + t, high + t, low + t)
+            if not is_regular(total):
+                mark_faulty(call, band.row)
+            elif k:
+                best = best_of_none(candidates, k, n)
+                best.count = k
+                for element in range(k):
+                    candidates[element].value = get(room + 2 * k * t + element, row)
+                    candidates[element].index = <int64_t>get(room + 2 * k * t + k + element, row)
+                draw_from_best(call, &band, 0, total, best, &work, <const vec*>tiles)
+            else:
+                draw = -1
+                draw_chunks(call, band.row, 0, 1, 1, total, &work)
+                draw_from_terms(call, band.row, draw, below(<const vec*>room, row, spacing), n, 0, &work)
+
+
 cdef inline void mark_faulty(Sampling* call, Py_ssize_t row) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(call.n_draws):
@@ -154,6 +211,10 @@ cdef inline Py_ssize_t pick(const double* sums, Py_ssize_t n, double share, doub
     cdef Py_ssize_t low = 0, high = n - 1, middle
     if target >= total:  # rounded up
         target = total * (1.0 - 2.0**-53)
+    if n <= BLOCK:  # without branches that nothing foretells: (100000, 10) float32 take 4.2 ms, and took 8.3
+        for middle in range(n - 1):
+            low += sums[middle] <= target
+        high = low
     while low < high:
         middle = (low + high) // 2
         if sums[middle] > target:
@@ -188,7 +249,10 @@ cdef void draw_chunks(
 
 cdef inline double sum_at(State state, double offset, double exponent) noexcept nogil:
     """The sum of a state relative to another offset and exponent."""
-    cdef double p_low, k, p = exp_split(state.offset - offset, &p_low, &k)
+    cdef double p, p_low, k
+    if state.offset == offset and state.exponent == exponent:  # as in a row of one chunk
+        return state.high + state.low
+    p = exp_split(state.offset - offset, &p_low, &k)
     return ldexp((state.high + state.low) * (p + p_low), <int>max(k + state.exponent - exponent, -5000.0))
 
 
@@ -216,16 +280,22 @@ cdef void draw_elements(
 cdef void draw_from_chunk(
     Sampling* call, Py_ssize_t row, int64_t draw, const vec* x, Py_ssize_t n, Py_ssize_t first, Workspace* work
 ) noexcept nogil:
+    """Run a list of draws."""
+    fold_chunk(x, <vec*>work.terms, n, True, False, False, 0.0)
+    draw_from_terms(call, row, draw, <const vec*>work.terms, n, first, work)
+
+
+cdef void draw_from_terms(
+    Sampling* call, Py_ssize_t row, int64_t draw, const vec* terms, Py_ssize_t n, Py_ssize_t first, Workspace* work
+) noexcept nogil:
     """Run a list of draws. The elements of a block are added up when the first draw falls into it."""
     cdef int64_t* draws = call.indices + row * call.n_draws
     cdef double* shares = call.uniforms + row * call.n_draws
-    cdef const vec* terms = <const vec*>work.terms
     cdef double[MAX_BLOCKS] block_sums
     cdef bint[MAX_BLOCKS] is_summed
     cdef Py_ssize_t n_blocks = (n + BLOCK - 1) // BLOCK, block, start, i
     cdef double sum = 0.0, share
     cdef int64_t following
-    fold_chunk(x, <vec*>work.terms, n, True, False, 0.0)
     for block in range(n_blocks):
         sum += sum_of_block(terms, block * BLOCK, min(<Py_ssize_t>BLOCK, n - block * BLOCK))
         block_sums[block], is_summed[block] = sum, False
@@ -271,21 +341,25 @@ cdef void draw_from_best(
     """Draw from the most probable elements of a row: of more of them, where those at hand do not make up top_p."""
     cdef int64_t* draws = call.indices + (band.row + row) * call.n_draws
     cdef double* shares = call.uniforms + (band.row + row) * call.n_draws
-    cdef double* sums = NULL
+    cdef double[SMALL] few
+    cdef double* sums = few
+    cdef double* many = NULL
     cdef Candidate* more = NULL
     cdef double limit = 0.0, sum = 0.0, unused
     cdef Py_ssize_t i
     keep_best(&best)
     if call.top_p < 1.0 and call.top_k:
+        if best.count <= SMALL:  # or else they are not selected side by side
+            sort_candidates(best.candidates, best.count)  # for a sum that does not depend on how they were selected
         limit = call.top_p * sum_of_terms(best.candidates, best.count, total.maximum)
     elif call.top_p < 1.0:
         limit = call.top_p * sum_at(total, total.maximum, 0.0)
         if best.count < call.rows.n and sum_of_terms(best.candidates, best.count, total.maximum) < limit:
             more = collect_largest(call, band, row, total.maximum, limit, work, like, &best.count)
             best.candidates = more
-    if best.candidates != NULL:
-        sums = <double*>malloc(best.count * sizeof(double))
-    if sums == NULL:
+    if best.candidates != NULL and best.count > SMALL:
+        sums = many = <double*>malloc(best.count * sizeof(double))
+    if best.candidates == NULL or sums == NULL:
         call.lacks_memory = True
     else:
         if call.top_p < 1.0:
@@ -297,7 +371,7 @@ cdef void draw_from_best(
         for i in range(call.n_draws):
             draws[i] = best.candidates[pick(sums, best.count, shares[i], &unused)].index
     free(more)
-    free(sums)
+    free(many)
 
 
 cdef Candidate* collect_largest(
@@ -319,7 +393,7 @@ cdef Candidate* collect_largest(
     while first < call.rows.n:
         size = min(length, call.rows.n - first)
         x = row_of_band(&call.rows, read_band(&call.rows, band, first, size, <vec*>work.chunks), row)
-        state = fold_chunk(x, <vec*>work.terms, size, True, False, 0.0)
+        state = fold_chunk(x, <vec*>work.terms, size, True, False, False, 0.0)
         factor = 0.0
         if state.maximum > -INFINITY:
             state.high, state.low = 1.0, 0.0

@@ -25,8 +25,11 @@ def run_topk(
         Of the type that is computed in, and int64; contiguous, k for each row.
     """
     cdef Selection call
-    call.rows = rows_of(traversal, storage, kept, reduced, x, None)
     call.k, call.values, call.indices = values.shape[1], data_of(values), <int64_t*>data_of(indices)
+    if traversal in (TILES, STRIPS):
+        run_sink(SOFTMAX_TOPK, &call, call.k, traversal, storage, kept, reduced, x, n_blocks, n_threads)
+        return
+    call.rows = rows_of(traversal, storage, kept, reduced, x, None)
     call.is_single, call.n_blocks, call.lacks_memory = cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64, n_blocks, False
     run_in_parts(run_selection_block, &call, &call.first, n_blocks, n_threads)
     if call.lacks_memory:
@@ -43,7 +46,7 @@ cdef void run_selection_block(void* context, Py_ssize_t block) noexcept nogil:
 
 cdef void run_selection_bands(Selection* call, Py_ssize_t block, const vec* like) noexcept nogil:
     cdef Py_ssize_t n_bands = count_bands(&call.rows, like), index
-    cdef Py_ssize_t n_together = narrow_strip_columns(like) if call.rows.traversal == STRIPS else 1
+    cdef Py_ssize_t n_together = narrow_strip_columns(like) if call.rows.traversal == BANDS else 1
     cdef Py_ssize_t n_candidates = room_for(call.k, call.rows.n) * n_together
     cdef void* memory = malloc(band_bytes(&call.rows, like) + REGISTER_BYTES)
     cdef Candidate* candidates = <Candidate*>malloc(n_candidates * sizeof(Candidate))
@@ -106,6 +109,58 @@ cdef void put_nan_first(
         first += size
     for i in range(best.k - count):
         indices[count + i] = best.candidates[i].index
+
+
+cdef void select_from_tiles(
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Selection* call,
+    Py_ssize_t first_row, vec* room
+) noexcept nogil:
+    """Select from rows of up to a chunk; `room` has twice k registers for each tile."""
+    cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec[REFERENCE * MAX_TILES] references
+    cdef vec[FINISHERS] finishers
+    cdef Py_ssize_t k = call.k, j
+    cdef vec* tops
+    cdef vec* places
+    cdef vec* values
+    cdef int64_t* indices
+    cdef int t, row
+    for t in range(columns.n_tiles):
+        row_offsets[t] = splat(0.0, tiles)
+        select_from_tile(tiles + t * tile_size, n, k, room + 2 * k * t, room + 2 * k * t + k)
+    fold_tiles(
+        tiles, tile_size, columns, n, upcoming, False, False, False, False, row_offsets, references, largest, high, low)
+    for t in range(columns.n_tiles):
+        tops, places = room + 2 * k * t, room + 2 * k * t + k
+        values = <vec*>at(<const vec*>call.values, (first_row + columns.first[t]) * k)
+        indices = call.indices + (first_row + columns.first[t]) * k
+        normalize_rows(largest[t], high[t], low[t], references + t * REFERENCE, finishers)
+        j = 0
+        while j < k:
+            finish(tops + j, <int>min(<Py_ssize_t>GROUP, k - j), EXP_SCALE, references + t * REFERENCE, finishers, True)
+            j += GROUP
+        turn(
+            tops, REGISTER_BYTES, k, columns.count[t], values, k * itemsize(<const vec*>tops), AS_COMPUTED, AS_COMPUTED,
+            <const vec*>tops)
+        for row in range(columns.count[t]):
+            for j in range(k):
+                indices[row * k + j] = <int64_t>get(places + j, row)
+            if get(high + t, row) != get(high + t, row):
+                put_nan_of_tile_first(tiles + t * tile_size, n, row, places, k, indices + row * k)
+
+
+cdef void put_nan_of_tile_first(
+    const vec* tile, Py_ssize_t n, int row, const vec* places, Py_ssize_t k, int64_t* indices
+) noexcept nogil:
+    """`put_nan_first` for a row of a tile."""
+    cdef Py_ssize_t count = 0, element, j
+    for element in range(n):
+        if count < k and get(tile + element, row) != get(tile + element, row):
+            indices[count], count = element, count + 1
+    for j in range(k):
+        element = <Py_ssize_t>get(places + j, row)
+        if count < k and get(tile + element, row) == get(tile + element, row):
+            indices[count], count = element, count + 1
 
 
 cdef void write_selected(vec* values, Py_ssize_t k, State total) noexcept nogil:

@@ -7,6 +7,7 @@ on who computed it or on the chunk before, so the bits are those of one thread.
 
 cdef struct SplitRow:
     Function function
+    bint has_zero
     Exponentials exponentials
     bint streaming
     bint is_single
@@ -26,7 +27,8 @@ cdef int run_split(Job* job, cnp.ndarray x, cnp.ndarray out, Py_ssize_t n_blocks
     """Run rows one after the other, each on all threads."""
     cdef SplitRow row
     cdef Py_ssize_t x_offset, y_offset, index, itemsize = cnp.PyArray_ITEMSIZE(x)
-    row.function, row.exponentials, row.streaming = job.function, job.exponentials, job.streaming
+    row.function, row.has_zero = job.function, job.has_zero
+    row.exponentials, row.streaming = job.exponentials, job.streaming
     row.is_single, row.n, row.n_blocks = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, total_size(&job.row), n_blocks
     row.states = <State*>malloc((row.n * itemsize + CHUNK_BYTES - 1) // CHUNK_BYTES * sizeof(State))
     cdef bint has_scratch = job.function == SOFTMAX and job.exponentials == IN_SCRATCH
@@ -51,15 +53,16 @@ cdef int run_split(Job* job, cnp.ndarray x, cnp.ndarray out, Py_ssize_t n_blocks
 
 cdef void begin_split_row(SplitRow* row) noexcept nogil:
     if row.is_single:
-        row.row_offset = offset_of_chunk(<const f32v*>row.x, row.n)
+        row.row_offset = offset_of_chunk(<const f32v*>row.x, row.n, row.has_zero)
     else:
-        row.row_offset = offset_of_chunk(<const f64v*>row.x, row.n)
+        row.row_offset = offset_of_chunk(<const f64v*>row.x, row.n, row.has_zero)
 
 
-cdef inline double offset_of_chunk(const vec* x, Py_ssize_t n) noexcept nogil:
+cdef inline double offset_of_chunk(const vec* x, Py_ssize_t n, bint has_zero) noexcept nogil:
     """The offset that the state of the first chunk of a row has."""
     cdef vec[REFERENCE] reference
-    reference_at(largest_lane(lane_maxima(x, min(n, chunk_length(x)))), splat(0.0, x), reference)
+    cdef vec largest = largest_lane(lane_maxima(x, min(n, chunk_length(x))))
+    reference_at(raised_to_zero(largest, has_zero), splat(0.0, x), reference)
     return lane(reference[OFFSET], 0)
 
 
@@ -78,7 +81,7 @@ cdef inline void fold_split_chunks(const vec* x, SplitRow* row, Py_ssize_t block
         first = chunk * length
         row.states[chunk] = fold_chunk(
             at(x, first), <vec*>at(<const vec*>row.terms, first), min(length, row.n - first), keep,
-            row.function != SOFTMAX, row.row_offset)
+            row.function != SOFTMAX, row.has_zero and chunk == 0, row.row_offset)
 
 
 cdef void end_split_fold(SplitRow* row) noexcept nogil:

@@ -59,7 +59,8 @@ cdef inline void write_row(
 
 
 cdef inline void softmax_stored_rows(
-    const void** x, void** y, int n_rows, Py_ssize_t n, vec* scratch, Storage storage, bint streaming
+    const void** x, void** y, int n_rows, Py_ssize_t n, bint has_zero, vec* scratch, Storage storage,
+    bint streaming
 ) noexcept nogil:
     """Softmax of rows of n elements, at most a register's lanes and a chunk, a row in each lane in between."""
     cdef vec[MAX_LANES] tops, highs
@@ -75,6 +76,7 @@ cdef inline void softmax_stored_rows(
     largest = tops[0]
     for row in range(1, lanes(<const vec*>scratch)):
         largest = maximum(largest, tops[row])
+    largest = raised_to_zero(largest, has_zero)
     coarse_reference_at(largest, references)
     for row in range(n_rows):
         reference_of(<const vec*>references, row, reference)
@@ -83,6 +85,8 @@ cdef inline void softmax_stored_rows(
             &top, &highs[row], &low)
     transpose(highs)
     merge_coarse_lanes(highs, lanes(<const vec*>scratch))
+    if has_zero:
+        add_zero(COARSE, <const vec*>references, highs, &low)
     for row in range(n_rows):
         if fabs(get(&largest, row)) == INFINITY:  # then terms are NaN or 0, but the result is NaN
             put(highs, row, INFINITY - INFINITY)
@@ -121,11 +125,11 @@ cdef inline void run_batch_stored_as(
         if job.function == LOGSUMEXP:
             results[row] = log_sums + row
     if job.function == SOFTMAX:
-        softmax_stored_rows(sources, targets, n_rows, n, scratch, storage, job.streaming)
+        softmax_stored_rows(sources, targets, n_rows, n, job.has_zero, scratch, storage, job.streaming)
         return
     for row in range(n_rows):
         read_row(sources[row], rows[row], n, storage)
-    run_rows(<const vec**>rows, rows, results, n_rows, n, job.function, job.exponentials, False)
+    run_rows(<const vec**>rows, rows, results, n_rows, n, job.function, job.has_zero, job.exponentials, False)
     for row in range(n_rows):
         write_elements_to(
             <const vec*>results[row], <char*>targets[row], stored_size(storage, x), 1 if job.function == LOGSUMEXP else n,

@@ -1,18 +1,8 @@
-"""States that outlive a call, one a row: data are folded into them, and probabilities written from them.
-
-And softmax-one, exp(x) / (1 + sum(exp(x))): the softmax of rows with one element more, a zero, of which nothing is
-written.
-"""
-
-cdef enum StreamingFunction:
-    FOLD_STATES
-    NORMALIZE
-    SOFTMAX_ONE
+"""States that outlive a call, one a row: data are folded into them, and probabilities written from them."""
 
 cdef struct Streaming:
-    StreamingFunction function
     Rows rows
-    State* states  # one a row, in the order of the axes, with the maximum apart; not for softmax-one
+    State* states  # one a row, in the order of the axes, with the maximum apart
     bint streaming
     bint is_single
     Py_ssize_t first  # block of the part of the call that runs now
@@ -21,26 +11,26 @@ cdef struct Streaming:
 
 
 def run_streaming(
-    int function, int traversal, bint streaming, int storage, tuple kept, tuple reduced, cnp.ndarray x, cnp.ndarray y,
+    int traversal, bint streaming, int storage, tuple kept, tuple reduced, cnp.ndarray x, cnp.ndarray y,
     cnp.ndarray states, Py_ssize_t n_blocks, int n_threads
 ):
     """Run a call.
 
     Parameters
     ----------
-    function : int
-        A value of StreamingFunction.
     traversal, streaming, storage, kept, reduced, x, n_blocks, n_threads
         As for `run`; the kept dimensions are in the order of the states.
     y : ndarray or None
-        Where probabilities go.
-    states : ndarray or None
+        Where probabilities go; None to fold.
+    states : ndarray
         float64, five numbers for each row: the members of State.
     """
     cdef Streaming call
-    call.function, call.streaming = <StreamingFunction>function, streaming
+    call.streaming, call.states = streaming, <State*>data_of(states)
+    if traversal in (TILES, STRIPS):
+        run_sink(FOLD_STATES, &call, 0, traversal, storage, kept, reduced, x, n_blocks, n_threads)
+        return
     call.rows = rows_of(traversal, storage, kept, reduced, x, y)
-    call.states = <State*>data_of(states)
     call.is_single, call.n_blocks, call.lacks_memory = cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64, n_blocks, False
     run_in_parts(run_streaming_block, &call, &call.first, n_blocks, n_threads)
     if call.lacks_memory:
@@ -57,89 +47,57 @@ cdef void run_streaming_block(void* context, Py_ssize_t block) noexcept nogil:
 
 cdef void run_streaming_bands(Streaming* call, Py_ssize_t block, const vec* like) noexcept nogil:
     cdef Py_ssize_t n_bands = count_bands(&call.rows, like), room = band_bytes(&call.rows, like), index
-    cdef void* memory = malloc(room + CHUNK_BYTES + REGISTER_BYTES)
+    cdef void* memory = malloc(room + REGISTER_BYTES)
     cdef char* scratch = <char*>memory + <Py_ssize_t>(-<uintptr_t>memory % REGISTER_BYTES)
     if memory == NULL:
         call.lacks_memory = True
         return
     for index in range(n_bands * block // call.n_blocks, n_bands * (block + 1) // call.n_blocks):
-        run_streaming_band(call, index, <vec*>scratch, <vec*>(scratch + room))
+        run_streaming_band(call, index, <vec*>scratch)
     if call.streaming:
         stream_fence()
     free(memory)
 
 
-cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scratch, vec* terms) noexcept nogil:
-    """Run one band; `terms` has room for those of a row of one chunk."""
-    cdef const vec* like = scratch
-    cdef Band band = band_at(&call.rows, index, like)
-    cdef State[MAX_NARROW_COLUMNS] totals
-    cdef State chunk
-    cdef int row
-    if call.function == FOLD_STATES:
+cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scratch) noexcept nogil:
+    cdef Band band = band_at(&call.rows, index, <const vec*>scratch)
+    if call.rows.y == NULL:
         fold_band(&call.rows, &band, True, call.states + band.row, scratch, NULL, NULL)
-        return
-    for row in range(band.count):
-        totals[row] = call.states[band.row + row] if call.function == NORMALIZE else identity()
-    if call.function == NORMALIZE:
-        write_normalized(call, &band, totals, scratch)
-    elif call.rows.traversal == ROWS and call.rows.n <= chunk_length(like):
-        chunk = fold_chunk(
-            read_band(&call.rows, &band, 0, call.rows.n, scratch), terms, call.rows.n, True, False, 0.0)
-        totals[0] = merge(chunk, state_of_zero(like), False)
-        write_shares(call, &band, &chunk, totals, terms, scratch)
     else:
-        fold_band(&call.rows, &band, False, totals, scratch, NULL, NULL)
-        for row in range(band.count):
-            totals[row] = within_range(merge(totals[row], state_of_zero(like), False), like)
-        write_shares(call, &band, totals, totals, <const vec*>NULL, scratch)
+        write_normalized(call, &band, scratch)
 
 
-cdef inline State state_of_zero(const vec* like) noexcept nogil:
-    """The state of one element, a 0, with it in the sum."""
-    cdef State state = identity()
-    state.maximum = state.offset = 0.0
-    state.exponent = by_type(-64.0, -100.0, like)  # as `reference_at` chooses it
-    state.high = by_type(2.0**64, 2.0**100, like)
-    return state
-
-
-cdef void write_shares(
-    const Streaming* call, const Band* band, const State* chunk, const State* totals, const vec* terms, vec* scratch
+cdef void fold_tiles_into_states(
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Streaming* call,
+    Py_ssize_t first_row
 ) noexcept nogil:
-    """Write probabilities, from the terms of the only chunk where they are there."""
-    cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
-    cdef Scale[MAX_NARROW_COLUMNS] scales
-    cdef const vec* chunks
-    cdef const vec* logits
-    cdef vec* y
-    cdef vec* shares
-    cdef int row
-    for row in range(band.count):
-        if is_regular(totals[row]):
-            scales[row] = scale_of(totals[row], <const vec*>scratch)
-    while first < call.rows.n:
-        size = min(length, call.rows.n - first)
-        chunks = read_band(&call.rows, band, first, size, scratch)
-        y = output_of_band(&call.rows, band, first, scratch)
-        for row in range(band.count):
-            logits = row_of_band(&call.rows, chunks, row)
-            shares = row_of_band(&call.rows, <const vec*>y, row)
-            if is_regular(totals[row]):
-                write_probabilities(
-                    logits, terms, shares, size, chunk[row], totals[row], scales[row], call.streaming)
-            else:
-                fill_nan(shares, size)
-        write_band(&call.rows, band, first, size, <const vec*>y)
-        first += size
+    """Fold rows of up to a chunk, as `fold_band` does."""
+    cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec[REFERENCE * MAX_TILES] references
+    cdef vec exponent
+    cdef State[MAX_LANES] others
+    cdef State* states
+    cdef int t, row
+    for t in range(columns.n_tiles):
+        row_offsets[t] = splat(0.0, tiles)
+        states = call.states + first_row + columns.first[t]
+        for row in range(columns.count[t]):
+            put(row_offsets + t, row, offset_for_more(states[row]))
+    fold_tiles(
+        tiles, tile_size, columns, n, upcoming, False, True, False, False, row_offsets, references, largest, high, low)
+    for t in range(columns.n_tiles):
+        states = call.states + first_row + columns.first[t]
+        exponent = exponent_of(references + t * REFERENCE)
+        for row in range(columns.count[t]):
+            others[row] = state_in_lane(row, references + t * REFERENCE, &exponent, largest + t, high + t, low + t)
+        merge_each(states, others, columns.count[t])
 
 
-cdef void write_normalized(
-    const Streaming* call, const Band* band, State* totals, vec* scratch
-) noexcept nogil:
+cdef void write_normalized(const Streaming* call, const Band* band, vec* scratch) noexcept nogil:
     """Write probabilities by states that have their maxima apart."""
     cdef const vec* like = scratch
     cdef Py_ssize_t length = chunk_length(like), first = 0, size
+    cdef State[MAX_NARROW_COLUMNS] totals
     cdef double[MAX_NARROW_COLUMNS] log_sums
     cdef Scale[MAX_NARROW_COLUMNS] scales
     cdef const vec* chunks
@@ -148,8 +106,8 @@ cdef void write_normalized(
     cdef vec* shares
     cdef int row
     for row in range(band.count):
-        log_sums[row] = log_sum(within_range(totals[row], like), like)
-        totals[row] = within_range(with_maximum(totals[row], like), like)
+        log_sums[row] = log_sum(within_range(call.states[band.row + row], like), like)
+        totals[row] = within_range(with_maximum(call.states[band.row + row], like), like)
         if fabs(totals[row].maximum) < INFINITY and is_regular(totals[row]):
             scales[row] = scale_of(totals[row], like)
         else:
@@ -183,10 +141,11 @@ def merge_rows(cnp.ndarray states, cnp.ndarray others):
     """Make of each state that of its elements and of those of another."""
     cdef State* into = <State*>cnp.PyArray_DATA(states)
     cdef const State* other = <const State*>cnp.PyArray_DATA(others)
-    cdef Py_ssize_t row, n_rows = states.shape[0]
+    cdef Py_ssize_t row = 0, n_rows = states.shape[0]
     with nogil:
-        for row in range(n_rows):
-            into[row] = merge(into[row], other[row], True)
+        while row < n_rows:
+            merge_each(into + row, other + row, <int>min(<Py_ssize_t>MAX_LANES, n_rows - row))
+            row += MAX_LANES
 
 
 def logsumexp_of_rows(cnp.ndarray states, bint is_single, cnp.ndarray result):

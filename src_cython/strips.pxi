@@ -90,6 +90,7 @@ cdef void run_long_strip(
     cdef vec[REFERENCE * MAX_TILES] references
     cdef vec[FINISHERS * MAX_TILES] finishers
     cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec exponent
     cdef Upcoming nothing  # of use: what was copied first is no longer in a cache when it would be read again
     cdef bint apart = job.function != SOFTMAX
     cdef int t, row, i
@@ -102,10 +103,12 @@ cdef void run_long_strip(
         size = min(length, n - first)
         copy_strip(source, first, columns, size, tiles, tile_size)
         fold_tiles(
-            tiles, tile_size, columns, size, nothing, apart, is_coarse(job), row_offsets, references, largest, high, low)
+            tiles, tile_size, columns, size, nothing, False, apart, is_coarse(job), job.has_zero and first == 0,
+            row_offsets, references, largest, high, low)
         for t in range(columns.n_tiles):
+            exponent = exponent_of(references + t * REFERENCE)
             for row in range(columns.count[t]):
-                state = state_in_lane(row, references + t * REFERENCE, largest[t], high[t], low[t])
+                state = state_in_lane(row, references + t * REFERENCE, &exponent, largest + t, high + t, low + t)
                 if first == 0:
                     totals[t * MAX_LANES + row] = state
                     put(row_offsets + t, row, state.offset)
@@ -136,16 +139,18 @@ cdef void run_long_strip(
         first += size
 
 
-cdef inline State state_in_lane(int row, const vec* reference, vec largest, vec high, vec low) noexcept nogil:
+cdef inline State state_in_lane(
+    int row, const vec* reference, const vec* exponent, const vec* largest, const vec* high, const vec* low
+) noexcept nogil:
     """What is known of one row of a chunk, as a state that can be merged."""
     cdef State state
-    state.maximum = get(&largest, row)
+    state.maximum = get(largest, row)
     if fabs(state.maximum) == INFINITY:
         state = infinite_state(state.maximum, False, True)
     else:
         state.offset = get(reference + OFFSET, row)
-        state.exponent = lane(exponent_of(reference), row)
-    state.high, state.low = get(&high, row), get(&low, row)
+        state.exponent = get(exponent, row)
+    state.high, state.low = get(high, row), get(low, row)
     return state
 
 
@@ -207,6 +212,11 @@ cdef void run_strip(
         run_long_strip(&source, y, job.row.y_stride[0], &columns, n, job, tiles, log_sums)
     else:
         copy_strip(&source, 0, &columns, n, tiles, tile_size)
+        if job.sink != NULL:
+            sink_tiles(
+                tiles, tile_size, &columns, n, upcoming, job, outer * job.kept.size[inner] + first,
+                tiles + strip_columns(n, like) // lanes(like) * tile_size)
+            return
         reduce_tiles(tiles, tile_size, &columns, n, upcoming, job, finishers, log_sums)
         finish_tiles(
             <const vec*>tiles, tile_size, &columns, n, job.function, is_coarse(job), <const vec*>finishers, y,

@@ -227,6 +227,32 @@ def test_layouts(backend, rng, options):
             np.testing.assert_array_equal(sample(x, axis, rng=np.random.default_rng(0), **options), expected)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("shape", "traversal"),
+    [((150, 9), "tiles"), ((40, 29), "tiles"), ((10, 3000), "rows"), ((150, 9), "strips"), ((50, 3000), "strips")],
+    ids=str,
+)
+def test_a_row_has_its_draws_in_every_traversal(backend, dtype, rng, options, shape, traversal):
+    """As beside other rows, so alone and collected element by element."""
+    n_rows, n = shape
+    if traversal == "strips" and n > 64 and options.get("top_p") and not options.get("top_k"):
+        traversal = "bands"
+    for kind in ("normal", "wide", "masked by -inf", "offset", "ties"):
+        x, uniforms = values(kind, shape, dtype), rng.random((3, n_rows))
+        uniforms[0] = np.nextafter(1, 0)
+        x[:, 0] = np.maximum(x[:, 1:].max(1), -5)  # that something may be drawn
+        rows = x.T.copy().T if traversal in ("strips", "bands") else x
+        with record_plans() as plans:
+            draws = sample(rows, size=(3, n_rows), rng=Fixed(uniforms), **options)
+        assert backend.name != "cython" or plans[0].schedule.traversal == traversal
+        collected = np.repeat(x, 2, 1)[:, ::2]
+        np.testing.assert_array_equal(sample(collected, size=(3, n_rows), rng=Fixed(uniforms), **options), draws)
+        for row in range(0, n_rows, 7):
+            alone = sample(x[row], size=3, rng=Fixed(uniforms[:, row]), **options)
+            np.testing.assert_array_equal(alone, draws[:, row])
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int8, np.uint8, np.int64, bool, ">f4", "g"])
 def test_dtypes(backend, dtype):
     if dtype == "g" and backend.name != "numpy":
@@ -280,6 +306,10 @@ def test_rows_without_probabilities(backend, dtype, row, what):
             sample(np.moveaxis(x, -1, 0), 0, size=(4, 2, 3), **options)
         with pytest.raises(ValueError, match=rf"logits must not have {what} in the row:"):
             sample(x[1, 2], **options)
+        many = np.zeros((40, 2), dtype)
+        many[17] = row
+        with pytest.raises(ValueError, match=rf"logits must not have {what} in the row at index \(17,\)"):
+            sample(many, **options)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,33 @@ def test_compiled_schedules(monkeypatch, function, layout, in_place, schedule):
         assert compiled.make_schedule(function, layout, in_place, 8) == schedule
 
 
+@pytest.mark.parametrize(
+    ("function", "layout", "n_selected", "schedule"),
+    [
+        ("softmax_one", contiguous_rows(16, 104), 0, Schedule("tiles", "scratch")),
+        ("softmax_one", adjacent_rows(20, 60, 40), 0, Schedule("strips", "scratch")),
+        ("fold_states", contiguous_rows(16, 104), 0, Schedule("tiles", "none")),
+        ("fold_states", contiguous_rows(15, 104), 0, Schedule("rows", "none")),
+        ("fold_states", contiguous_rows(1_000_000, 10, 2), 0, Schedule("tiles", "none", False, 8, 32)),
+        ("fold_states", contiguous_rows(40, 1000, 2), 0, Schedule("gather", "none")),
+        ("fold_states", adjacent_rows(1, 8192, 300), 0, Schedule("strips", "none", False, 3, 3)),
+        ("fold_states", adjacent_rows(1, 8193, 300), 0, Schedule("bands", "none", False, 3, 3)),
+        ("normalize", contiguous_rows(16, 104), 0, Schedule("rows", "none")),
+        ("normalize", adjacent_rows(1, 4096, 300), 0, Schedule("bands", "none", False, 3, 3)),
+        ("softmax_topk", contiguous_rows(16, 104), 64, Schedule("tiles", "none")),
+        ("softmax_topk", contiguous_rows(16, 104), 65, Schedule("rows", "none")),
+        ("softmax_topk", adjacent_rows(20, 60, 40), 60, Schedule("strips", "none")),
+        ("sample", adjacent_rows(20, 70, 30), 0, Schedule("strips", "none")),
+        ("sample", adjacent_rows(20, 70, 30), 70, Schedule("bands", "none")),
+    ],
+)
+def test_compiled_schedules_of_banded_functions(monkeypatch, function, layout, n_selected, schedule):
+    compiled = pytest.importorskip("fastsoftmax.backends.compiled", exc_type=ImportError)
+    monkeypatch.setattr(compiled, "_tier", "x86_64_v4")
+    with caches_of(1 << 20, 32 << 20):
+        assert compiled.make_schedule(function, layout, False, 8, n_selected) == schedule
+
+
 def test_how_long_rows_in_tiles_are_depends_on_the_tier(monkeypatch):
     compiled = pytest.importorskip("fastsoftmax.backends.compiled", exc_type=ImportError)
     for tier, n_cols in (("x86_64_v4", 104), ("x86_64_v3", 60), ("x86_64_v2", 80), ("portable", 80)):

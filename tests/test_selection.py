@@ -43,6 +43,29 @@ def test_every_kind_of_data(backend, dtype, shape, axis, ks):
             check(backend, x, k, axis)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "ks", "traversal"),
+    [
+        ((150, 1), 1, (1,), "tiles"),
+        ((99, 9), 1, (1, 4, 9), "tiles"),
+        ((50, 24), 1, (3, 23), "tiles"),
+        ((40, 70), 1, (65, 70), "rows"),
+        ((9, 150), 0, (1, 9), "strips"),
+        ((3, 70, 21), 1, (5, 64), "strips"),
+        ((70, 21), 0, (65,), "bands"),
+        ((9000, 3), 0, (2,), "bands"),
+    ],
+    ids=str,
+)
+def test_rows_side_by_side(backend, dtype, shape, axis, ks, traversal):
+    for kind in ALL_VALUES:
+        x = values(kind, shape, dtype)
+        for k in ks:
+            with record_plans() as plans:
+                check(backend, x, k, axis)
+            assert backend.name != "cython" or plans[0].schedule.traversal == traversal
+
+
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 63, 64, 65, 129, 1000])
 def test_every_place(backend, dtype, rng, n):
     """The largest element is found wherever it is, and so are equal ones, in order."""
@@ -94,9 +117,10 @@ def test_long_double():
     ],
 )
 def test_rows_without_probabilities(backend, dtype, row, indices):
-    for x, axis in ((np.array([row, [0, 1, -np.inf, 0]], dtype), 1), (np.array([row, [0, 1, -np.inf, 0]], dtype).T, 0)):
+    few = np.array([row, [0, 1, -np.inf, 0]], dtype)
+    for x, axis in ((few, 1), (few.T, 0), (np.tile(few, (20, 1)), 1), (few.T.copy(), 0)):
         selected, found = check(backend, x, 3, axis)
-        assert np.moveaxis(found, axis, -1).tolist() == [indices, [1, 0, 3]]
+        assert np.moveaxis(found, axis, -1)[:2].tolist() == [indices, [1, 0, 3]]
         assert np.isnan(np.moveaxis(selected, axis, -1)[0]).all()
 
 

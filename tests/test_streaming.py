@@ -41,6 +41,34 @@ def test_any_chunking_is_accurate(backend, dtype, shape, axis, lengths):
         assert error_of("logsumexp", online.logsumexp(), x, axis) <= backend.max_ulps, kind
 
 
+@pytest.mark.parametrize(
+    ("shape", "traversal"),
+    [((150, 9), "tiles"), ((9, 3000), "rows"), ((150, 9), "strips"), ((21, 3000), "strips"), ((5, 9001), "bands")],
+    ids=str,
+)
+@pytest.mark.parametrize("of_dtype", [np.float16, np.float32, np.float64])
+def test_a_row_has_its_results_in_every_traversal(backend, of_dtype, shape, traversal):
+    """As beside other rows, so alone and collected element by element; of the first chunk, and of one more."""
+    for kind in ("wide", "ascending", "masked by -inf", "straddling an offset", "offset", "one nan", "ties"):
+        with np.errstate(over="ignore"):
+            x = values(kind, shape, np.float32 if of_dtype == np.float16 else of_dtype).astype(of_dtype)
+        rows = x.T.copy().T if traversal in ("strips", "bands") else x
+        with record_plans() as plans:
+            online = OnlineSoftmax(1).update(rows).update(rows * of_dtype(0.9))
+        if backend.name == "cython" and not (of_dtype == np.float16 and traversal in ("rows", "bands")):
+            assert [plan.schedule.traversal for plan in plans] == [traversal] * 2
+        collected = OnlineSoftmax(1)
+        for chunk in (x, x * of_dtype(0.9)):
+            collected.update(np.repeat(chunk, 2, 1)[:, ::2])
+        log_sums, p = online.logsumexp(), online.normalize(rows)
+        np.testing.assert_array_equal(collected.logsumexp(), log_sums)
+        np.testing.assert_array_equal(collected.normalize(x), p)
+        for row in range(0, shape[0], 7):
+            alone = OnlineSoftmax().update(x[row]).update(x[row] * of_dtype(0.9))
+            np.testing.assert_array_equal(alone.logsumexp(), log_sums[row])
+            np.testing.assert_array_equal(alone.normalize(x[row]), p[row])
+
+
 @pytest.mark.parametrize("start", [0.0, 600.0, 3e4])
 @pytest.mark.parametrize("step", [0.0, 0.7, -0.7])
 def test_many_small_chunks(backend, dtype, rng, start, step):

@@ -33,7 +33,9 @@ def test_softmin_is_softmax_of_the_negative(backend, dtype):
             np.testing.assert_array_equal(softmin(x, axis), softmax(-x, axis))
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((2, 10_000), 1), ((9, 41), 1), ((41, 150), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((2, 10_000), 1), ((9, 141), 1), ((99, 9), 1), ((41, 150), 0), ((9001, 21), 0)], ids=str
+)
 def test_softmax_one(backend, dtype, shape, axis):
     for kind in VALUES:
         x = values(kind, shape, dtype)
@@ -57,6 +59,38 @@ def test_softmax_one_of_rows_without_probabilities(backend, dtype):
         x = np.array([row, [0.0, -np.inf]], dtype)
         np.testing.assert_array_equal(softmax_one(x, 1), [[np.nan, np.nan], [0.5, 0.0]])
         np.testing.assert_array_equal(softmax_one(x.T, 0).T, [[np.nan, np.nan], [0.5, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "traversal"),
+    [
+        ((1000, 1), "tiles"),
+        ((177, 9), "tiles"),
+        ((40, 300), "rows"),
+        ((9, 9000), "rows"),
+        ((1, 90_000), "split"),
+        ((150, 9), "strips"),
+        ((20, 9001), "strips"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("of_dtype", [np.float16, np.float32, np.float64])
+def test_a_row_of_softmax_one_has_its_bits_in_every_traversal(backend, monkeypatch, of_dtype, shape, traversal):
+    """As beside other rows, so alone and collected element by element."""
+    monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "2")
+    for kind in ("wide", "ascending", "masked by -inf", "offset", "negative offset", "one nan"):
+        with np.errstate(over="ignore"):
+            x = values(kind, shape, np.float32).astype(of_dtype)
+        with record_plans() as plans:
+            p = softmax_one(x.T.copy(), 0).T if traversal == "strips" else softmax_one(x, 1)
+        if backend.name == "cython" and (of_dtype != np.float16 or shape[1] < 2000):
+            assert plans[0].schedule.traversal == traversal
+        rtol = 0 if backend.has_kernels else 4 * np.finfo(of_dtype).eps
+        spread = np.zeros((shape[0], 2 * shape[1]), of_dtype)[:, ::2]
+        spread[...] = x
+        np.testing.assert_allclose(softmax_one(spread, 1), p, rtol)
+        for row in range(0, shape[0], max(shape[0] // 9, 1)):
+            np.testing.assert_allclose(softmax_one(x[row]), p[row], rtol)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ CONVERTS: frozenset[str] = frozenset()
 _SCHEDULE = Schedule("array", "none")
 
 
-def plan(function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None) -> Plan:
+def plan(
+    function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None, n_selected: int = 0
+) -> Plan:
     return Plan(function, "numpy", None, _SCHEDULE)
 
 

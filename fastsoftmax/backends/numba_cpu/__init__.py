@@ -74,7 +74,9 @@ MAX_TILE_COLS = {4: 64, 8: 48}
 MIN_TILE_ROWS = 16
 
 
-def plan(function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None) -> Plan:
+def plan(
+    function: Function, layout: Layout, in_place: bool, adjustment: Adjustment | None = None, n_selected: int = 0
+) -> Plan:
     max_threads = _schedule.max_threads() if layout.size >= 2 * MIN_ELEMENTS_PER_THREAD else 1
     if adjustment is not None:
         return _make_adjusted_plan(function, layout, max_threads)
@@ -109,7 +111,7 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     if function in VJPS:
         if layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
             traversal, n_units = "strips", _count_strips(layout)
-    elif function in BANDED:
+    elif function in BANDED or function == "softmax_one":
         traversal = "rows" if layout.has_contiguous_rows else "gather"
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
