@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks mutants lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,9 @@ LEAK_CALLS ?= 1000000
 
 leaks: $(READY) ## Watch memory over LEAK_CALLS small calls on every backend, and over large ones
 	FASTSOFTMAX_LEAK_CALLS=$(LEAK_CALLS) $(BIN)/python -m pytest -q tests/test_process.py -k memory
+
+mutants: $(READY) ## Break the kernels in known ways, one at a time, and see whether the tests notice
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 lint: $(READY) ## Check style, types and spelling
 	$(BIN)/ruff check
