@@ -144,16 +144,6 @@ MUTANTS = (
         ("test_schedule.py",),
     ),
     Mutant(
-        "states-merged-by-threads",
-        "src_cython/split.pxi",
-        "        row.total = merge(row.total, row.states[chunk], row.function != SOFTMAX)\n",
-        """        row.total = merge(
-            row.total, row.states[(row.n + length - 1) // length - chunk], row.function != SOFTMAX)
-""",
-        "The states of a row that threads share are merged in another order than on one thread.",
-        ("test_schedule.py",),
-    ),
-    Mutant(
         "log-of-softmax",
         "src_cython/rows.pxi",
         "    write_chunk(SUBTRACT, x, y, n, <const vec*>NULL, log_scale_of(total, x), streaming)\n",
@@ -231,11 +221,11 @@ MUTANTS = (
         ("test_threads.py", "test_schedule.py"),
     ),
     Mutant(
-        "schedule-of-another-call",
+        "overlap-ignored",
         "src_cython/direct_calls.pxi",
-        "        and a.type_number == b.type_number and a.in_place == b.in_place)\n",
-        "        and a.type_number == b.type_number)\n",
-        "A call in place may get the schedule that is remembered for one that is not.",
+        "        if not shape.in_place and overlap(source, target):\n            return None\n",
+        "",
+        "An output that overlaps a part of its input is written while that is read.",
         ("test_direct_calls.py",),
     ),
     Mutant(
