@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks mutants lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks mutants coverage lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -79,6 +79,16 @@ leaks: $(READY) ## Watch memory over LEAK_CALLS small calls on every backend, an
 
 mutants: $(READY) ## Break the kernels in known ways, one at a time, and see whether the tests notice
 	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+# The wheel that test_packaging.py tries is not what is measured, and the Python lines are the same on older tiers.
+# Numba compiles anew, as parts of the backend only run then.
+coverage: $(READY) ## Measure the branch coverage of the Python package
+	rm -rf build/coverage
+	NUMBA_CACHE_DIR=$(CURDIR)/build/coverage/numba \
+		$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/test_packaging.py -k "not portable and not x86_64_v2"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 lint: $(READY) ## Check style, types and spelling
 	$(BIN)/ruff check
