@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks mutants coverage lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu fuzz sanitize leaks mutants coverage test-oldest reproduce lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -90,6 +90,24 @@ coverage: $(READY) ## Measure the branch coverage of the Python package
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
+# As slow as -O3 is to build, it has no part in whether the oldest releases will do.
+test-oldest: export PATH := $(CURDIR)/.venv-oldest/bin:$(PATH)
+test-oldest: ## Build with the oldest releases that pyproject.toml admits, and run all but the slowest tests
+	rm -rf .venv-oldest build/oldest && mkdir -p build/oldest
+	$(PYTHON) tests/oldest.py | tee build/oldest/constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c build/oldest/constraints.txt meson-python cython numpy ninja
+	CYTHON=$(CURDIR)/.venv-oldest/bin/cython .venv-oldest/bin/python -m pip install --quiet --no-build-isolation \
+		-c build/oldest/constraints.txt --config-settings=build-dir=build/oldest/meson \
+		--config-settings=setup-args=-Doptimization=1 --editable '.[test]'
+	NUMBA_CACHE_DIR=$(CURDIR)/build/oldest/numba .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder $(SLOWEST:%=--ignore tests/test_%.py)
+SLOWEST := accuracy asv bench_cuda compare cuda exponential packaging
+
+# Of the last commit.
+reproduce: $(READY) ## Build source archive and wheel twice and compare the bytes; repair the wheel, install it, use it
+	$(BIN)/python -m tests.reproduce $(REPRODUCE_FLAGS)
+
 lint: $(READY) ## Check style, types and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -105,7 +123,7 @@ wheel: $(READY) ## Build a source archive, and a wheel from it, in dist/
 	$(BIN)/python -m build
 
 clean: ## Remove the venv and everything built or cached
-	rm -rf .venv .asv .hypothesis .benchmarks .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .asv .hypothesis .benchmarks .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What a fresh machine may lack, and the line that mends it.
