@@ -9,7 +9,8 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu test-large fuzz sanitize races leaks lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu test-large test-oldest fuzz sanitize races \
+	leaks mutants coverage reproduce lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -90,6 +91,38 @@ LEAK_CALLS ?= 1000000
 leaks: $(READY) ## Watch memory over LEAK_CALLS small calls on every backend, and over large ones
 	FASTSOFTMAX_LEAK_CALLS=$(LEAK_CALLS) $(BIN)/python -m pytest -q tests/test_process.py -k memory
 
+mutants: $(READY) ## Break the kernels in known ways, one at a time, and see whether the tests notice
+	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+# The wheel that test_packaging.py tries is not what is measured, and the Python lines are the same on older tiers.
+# Numba compiles anew, as parts of the backend only run then.
+coverage: $(READY) ## Measure the branch coverage of the Python package
+	rm -rf build/coverage
+	NUMBA_CACHE_DIR=$(CURDIR)/build/coverage/numba \
+		$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/test_packaging.py -k "not portable and not x86_64_v2"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+# As slow as -O3 is to build, it has no part in whether the oldest releases will do.
+test-oldest: export PATH := $(CURDIR)/.venv-oldest/bin:$(PATH)
+test-oldest: ## Build with the oldest releases that pyproject.toml admits, and run all but the slowest tests
+	rm -rf .venv-oldest build/oldest && mkdir -p build/oldest
+	$(PYTHON) tests/oldest.py | tee build/oldest/constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c build/oldest/constraints.txt meson-python cython numpy ninja
+	CYTHON=$(CURDIR)/.venv-oldest/bin/cython .venv-oldest/bin/python -m pip install --quiet --no-build-isolation \
+		-c build/oldest/constraints.txt --config-settings=build-dir=build/oldest/meson \
+		--config-settings=setup-args=-Doptimization=1 --editable '.[test]'
+	NUMBA_CACHE_DIR=$(CURDIR)/build/oldest/numba .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder $(SLOWEST:%=--ignore tests/test_%.py)
+
+SLOWEST := accuracy asv bench_cuda compare cuda exponential packaging
+
+# Of the last commit.
+reproduce: $(READY) ## Build source archive and wheel twice and compare the bytes; repair the wheel, install it, use it
+	$(BIN)/python -m tests.reproduce $(REPRODUCE_FLAGS)
+
 lint: $(READY) ## Check style, types and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -105,7 +138,7 @@ wheel: $(READY) ## Build a source archive, and a wheel from it, in dist/
 	$(BIN)/python -m build
 
 clean: ## Remove the venv and everything built or cached
-	rm -rf .venv .asv .hypothesis .benchmarks .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .asv .hypothesis .benchmarks .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What a fresh machine may lack, and the line that mends it.
