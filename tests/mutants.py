@@ -83,15 +83,6 @@ MUTANTS = (
         "A NaN beside a very small element is taken for one as small.",
     ),
     Mutant(
-        "nothing-but-minus-infinity",
-        "src_cython/batches.pxi",
-        """    high = where_at_most(high, splat(by_type(FLT_MAX, DBL_MAX, &high), &high), high, nan)
-    high = where_at_most(high, splat(0.0, &high), nan, high)
-""",
-        "    high = where_at_most(high, splat(by_type(FLT_MAX, DBL_MAX, &high), &high), high, nan)\n",
-        "Probabilities of a row of nothing but -inf are infinite where rows are side by side.",
-    ),
-    Mutant(
         "tail-dropped",
         "src_cython/rows.pxi",
         "    elif n > i * width:\n        logits[0]",
@@ -360,7 +351,7 @@ def prepare(folder: Path, modules: Iterable[Path]) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("fastsoftmax", "src_cython", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("meson.build", "pyproject.toml"):
+    for name in ("meson.build", "meson.options", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     for module in modules:
         shutil.copy(module, folder / "fastsoftmax")

@@ -249,6 +249,14 @@ def test_a_sum_that_cancels_over_chunks(backend, dtype):
     np.testing.assert_allclose(fastsoftmax.logsumexp(a, b=b), 0.7, rtol=1e-6)
 
 
+def test_terms_far_from_an_offset(backend, dtype, rng):
+    """The last chunk, which makes the sum, keeps the offset of the first, from which its differences are rounded."""
+    for _ in range(8):
+        a = np.full(20_000, -90, dtype)
+        a[0], a[-2:] = rng.uniform(-15, -9), rng.uniform(-0.1, 0.1, 2)
+        check(backend.max_ulps, a, np.ones_like(a), exact(a, np.ones_like(a)))
+
+
 def test_an_ascending_row(backend, dtype):
     a = np.linspace(-300, 300, 50_000).astype(dtype)
     b = np.where(np.arange(a.size) % 3, 1, -0.5).astype(dtype)
