@@ -82,7 +82,7 @@ sanitize: $(READY) ## Run tests of the compiled kernels under AddressSanitizer a
 # ThreadSanitizer knows no other layout of memory than the one without randomization.
 races: export TSAN_OPTIONS := halt_on_error=1,die_after_fork=0
 races: $(READY) ## Run tests of the threads under ThreadSanitizer, on the portable tier
-	$(call sanitized,races,-Db_sanitize=thread -Dtiers=portable,$(call library,tsan),setarch -R,$(RACES_TESTS))
+	$(call sanitized,races,-Db_sanitize=thread -Dtiers=,$(call library,tsan),setarch -R,$(RACES_TESTS))
 
 comma := ,
 

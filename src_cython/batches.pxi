@@ -78,9 +78,10 @@ cdef inline bint has_infinite_lane(vec v) noexcept nogil:
 cdef inline void normalize_rows(
     vec largest, vec high, vec low, const vec* reference, vec* finishers
 ) noexcept nogil:
-    """`normalize`, but NaN for what has a NaN or +inf in it; of nothing but -inf, 0 / 0 makes NaN without that."""
+    """`normalize`, but NaN for what has a NaN or +inf in it, or nothing but -inf."""
     cdef vec nan = splat(INFINITY - INFINITY, &high)
     high = where_at_most(high, splat(by_type(FLT_MAX, DBL_MAX, &high), &high), high, nan)
+    high = where_at_most(high, splat(0.0, &high), nan, high)
     normalize(largest, high, low, reference, finishers)
 
 
@@ -88,6 +89,7 @@ cdef inline void coarse_normalize_rows(vec high, vec* finishers) noexcept nogil:
     """`normalize_rows` for COARSE terms: the rounding to 16 bits gives equal elements their 1 / m."""
     cdef vec infinity = splat(INFINITY, &high), nan = infinity - infinity
     high = where_at_most(high, splat(FLT_MAX, &high), high, nan)
+    high = where_at_most(high, splat(0.0, &high), nan, high)
     finishers[FACTOR], finishers[FACTOR_LOW] = splat(1.0, &high) / high, splat(0.0, &high)
     finishers[LIMIT], finishers[SHARE] = infinity, splat(0.0, &high)
 

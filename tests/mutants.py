@@ -83,6 +83,16 @@ MUTANTS = (
         "A NaN beside a very small element is taken for one as small.",
     ),
     Mutant(
+        "nothing-but-minus-infinity",
+        "src_cython/batches.pxi",
+        """    high = where_at_most(high, splat(FLT_MAX, &high), high, nan)
+    high = where_at_most(high, splat(0.0, &high), nan, high)
+""",
+        "    high = where_at_most(high, splat(FLT_MAX, &high), high, nan)\n",
+        "In 16 bits, probabilities of a row of nothing but -inf are not NaN where rows are side by side.",
+        ("test_16_bits.py",),
+    ),
+    Mutant(
         "tail-dropped",
         "src_cython/rows.pxi",
         "    elif n > i * width:\n        logits[0]",
