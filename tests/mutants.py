@@ -67,7 +67,7 @@ MUTANTS = (
     Mutant(
         "sum-not-rescaled",
         "src_cython/state.pxi",
-        "    a.high, a.low, a.exponent = ldexp(a.high, <int>k), ldexp(a.low, <int>k), exponent\n",
+        "    a.high, a.low, a.exponent = by_power_of_two(a.high, k), by_power_of_two(a.low, k), exponent\n",
         "    a.exponent = exponent\n",
         "The sum so far is not rescaled when the maximum rises.",
     ),
@@ -139,8 +139,10 @@ MUTANTS = (
     Mutant(
         "bits-depend-on-threads",
         "src_cython/split.pxi",
-        "            row.function != SOFTMAX, row.row_offset)\n",
-        "            row.function != SOFTMAX, offset_of_chunk(at(x, first), row.n - first))\n",
+        "            row.function != SOFTMAX, row.has_zero and chunk == 0, row.row_offset)\n",
+        """            row.function != SOFTMAX, row.has_zero and chunk == 0,
+            offset_of_chunk(at(x, first), row.n - first, False))
+""",
         "Chunks of a row that threads share do not have the offset that they have on one thread.",
         ("test_schedule.py",),
     ),
