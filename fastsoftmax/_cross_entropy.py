@@ -176,6 +176,8 @@ def softmax_cross_entropy(
     elif target_values.shape != scores.shape:
         raise ValueError(f"targets must have the shape of logits, {scores.shape}, not {target_values.shape}")
     else:
+        if storage.itemsize < working.itemsize and target_values.dtype != storage:
+            storage = working  # probabilities of more digits than the logits keep them
         probabilities = readable(target_values, storage)
     if grad_out is not None:
         _check_out(grad_out, scores.shape, dtype, "grad_out")

@@ -505,3 +505,12 @@ def test_the_cuda_backend():
         softmax_cross_entropy(X, [0, 0, 0], backend="cuda")
     with pytest.raises(TypeError, match="targets is on a CUDA device, where this is not computed"):
         softmax_cross_entropy(X, OnDevice())
+
+
+def test_probabilities_of_more_digits_than_the_logits(backend):
+    logits = np.array([[-1.321, 1.257], [3.0, 0.5]], np.float16)
+    targets = np.array([[0.3, 0.3], [0.1, 0.9]], np.float32)
+    loss, gradient = softmax_cross_entropy(logits, targets, return_grad=True)
+    expected, _ = softmax_cross_entropy(logits.astype(np.float64), targets.astype(np.float64), return_grad=True)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert gradient.dtype == np.float16
