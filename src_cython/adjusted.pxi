@@ -485,7 +485,7 @@ cdef bint run_adjusted_block(const vec* like, const AdjustedCall* call, Py_ssize
     """Run one of the equal parts of a call; False if there is no memory for its scratch."""
     cdef Py_ssize_t n = total_size(&call.job.row), n_rows = total_size(&call.job.kept), room, row, end
     cdef bint is_batch = n <= chunk_length(like)
-    cdef int together = batch_rows(n, like) if is_batch else 1, r
+    cdef int together = batch_rows(n, call.job.streaming, like) if is_batch else 1, r
     cdef AdjustedRow[MAX_LANES] rows
     room = together * pitch_of_rows(n, like) * itemsize(like)
     cdef void* memory = malloc(2 * room + REGISTER_BYTES)

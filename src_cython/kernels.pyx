@@ -278,7 +278,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         scratch_bytes = 2 * chunk_length(x) * itemsize(x)
     else:
         if 0 < n <= chunk_length(x):
-            n_together = batch_rows(n, x)
+            n_together = batch_rows(n, job.streaming, x)
         if job.storage != AS_COMPUTED or job.function == SOFTMAX and job.exponentials == IN_SCRATCH:
             scratch_bytes = n_together * n * itemsize(x)
     states = <State*>malloc(n_states * sizeof(State))

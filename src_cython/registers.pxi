@@ -66,14 +66,14 @@ cdef extern from "simd.h" nogil:
     ctypedef unsigned short u16v
     u16v u16v_load_first(const uint16_t* p, int count)
     void u16v_store_first(uint16_t* p, u16v v, int count)
-    void u16v_stream(uint16_t* p, u16v v)
     f32v filled_up(f32v v, int count, f32v fill)
     f32v f32v_from_float16(u16v v)
     u16v f32v_to_float16(f32v v)
     f32v f32v_from_bfloat16(u16v v)
     u16v f32v_to_bfloat16(f32v v)
     double exact_power_of_two(double k)
-    void prefetch "__builtin_prefetch"(const void* p)
+    void prefetch(const void* p)
+    void prefetch_far(const void* p)
     void stream_fence()
     bint processor_runs(const char* tier)
 
@@ -367,12 +367,6 @@ cdef inline void read_converted(
         f32v_read(source, stride, target, n, storage)
     else:
         f64v_read(source, stride, target, n, storage)
-
-
-cdef inline void stream_stored(void* p, vec v, Storage storage) noexcept nogil:
-    """Store a register of 16-bit elements past the caches; `p` is aligned to it."""
-    if vec is f32v:
-        u16v_stream(<uint16_t*>p, f32v_to_float16(v) if storage == FLOAT16 else f32v_to_bfloat16(v))
 
 
 cdef inline void store_stored(void* p, vec v, int count, Storage storage) noexcept nogil:

@@ -546,17 +546,6 @@ static inline f32v filled_up(f32v v, int count, f32v fill)
 }
 #endif
 
-static inline void u16v_stream(uint16_t *p, u16v v)
-{
-#if REGISTER_BYTES == 64
-    _mm256_stream_si256((__m256i *)p, (__m256i)v);
-#elif REGISTER_BYTES == 32
-    _mm_stream_si128((__m128i *)p, (__m128i)v);
-#else
-    u16v_store_first(p, v, F32_LANES);
-#endif
-}
-
 static inline f32v f32v_from_bfloat16(u16v v) { return (f32v)(__builtin_convertvector(v, u32v) << 16); }
 
 static inline u16v f32v_to_bfloat16(f32v v)
@@ -599,6 +588,10 @@ static inline u16v f32v_to_float16(f32v v)
 #endif
 
 /* Make non-temporal stores visible to other threads in order. */
+/* Fetch what is read next to the L1 cache, or what is read later to the L2 cache. */
+static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+static inline void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
+
 static inline void stream_fence(void)
 {
 #if defined(__x86_64__)

@@ -23,7 +23,7 @@ cdef inline vec read_row(const void* x, vec* row, Py_ssize_t n, Storage storage)
             store(row + i + j, v)
             tops[j] = maximum(v, tops[j])  # in this order of operands a NaN is passed over
         for j in range(EXTREMES // 2):
-            prefetch(<const char*>x + (i + 2 * j) * width * size + PREFETCHED_BYTES)
+            prefetch_far(<const char*>x + (i + 2 * j) * width * size + PREFETCHED_BYTES)
         i += EXTREMES
     while i * width < n:
         v = load_stored(<const char*>x + i * width * size, count_within(i, n, <const vec*>row), fill, storage)
@@ -33,33 +33,17 @@ cdef inline vec read_row(const void* x, vec* row, Py_ssize_t n, Storage storage)
     return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]))
 
 
-cdef inline void write_row(
-    const vec* terms, void* y, Py_ssize_t n, vec factor, Storage storage, bint streaming
-) noexcept nogil:
-    """Write the probabilities of a row, past the caches if `streaming`."""
-    cdef vec fill = splat(0.0, terms)
-    cdef Py_ssize_t i = 0, width = lanes(terms), size = stored_size(storage, terms), unaligned
-    cdef char* place = <char*>y
-    cdef int j
-    if streaming:
-        unaligned = min(n, <Py_ssize_t>(-<uintptr_t>place % (width * size)) // size)
-        store_stored(place, load_first(terms, <int>unaligned, fill) * factor, <int>unaligned, storage)
-        terms, place, n = at(terms, unaligned), place + unaligned * size, n - unaligned
-    while (i + GROUP) * width <= n:
-        for j in range(GROUP):
-            if streaming:
-                stream_stored(place + (i + j) * width * size, load(terms + i + j) * factor, storage)
-            else:
-                store_stored(place + (i + j) * width * size, load(terms + i + j) * factor, <int>width, storage)
-        i += GROUP
-    while i * width < n:
-        store_stored(
-            place + i * width * size, load_within(terms, i, n) * factor, count_within(i, n, terms), storage)
+cdef inline void write_row(const vec* terms, char* y, Py_ssize_t n, vec factor, Storage storage) noexcept nogil:
+    """Write the probabilities of a row, perhaps over its terms."""
+    cdef Py_ssize_t i = 0, step = lanes(terms) * stored_size(storage, terms)
+    while (i + 1) * lanes(terms) <= n:
+        store_stored(y + i * step, load(terms + i) * factor, lanes(terms), storage)
         i += 1
+    store_stored(y + i * step, load_within(terms, i, n) * factor, count_within(i, n, terms), storage)
 
 
 cdef inline void softmax_stored_rows(
-    const void** x, void** y, int n_rows, Py_ssize_t n, bint has_zero, vec* scratch, Storage storage,
+    const void** x, char** y, int n_rows, Py_ssize_t n, bint has_zero, vec* scratch, Storage storage,
     bint streaming
 ) noexcept nogil:
     """Softmax of rows of n elements, at most a register's lanes and a chunk, a row in each lane in between."""
@@ -67,6 +51,9 @@ cdef inline void softmax_stored_rows(
     cdef vec[REFERENCE] references, reference
     cdef vec[FINISHERS] finishers
     cdef vec zero = splat(0.0, <const vec*>scratch), largest, top, low
+    cdef Py_ssize_t pitch = n * stored_size(storage, <const vec*>scratch)
+    cdef char* target
+    cdef bint is_joined = streaming and are_adjacent(<const char**>y, n_rows, pitch)
     cdef int row
     for row in range(lanes(<const vec*>scratch)):
         tops[row] = highs[row] = zero
@@ -92,9 +79,11 @@ cdef inline void softmax_stored_rows(
             put(highs, row, INFINITY - INFINITY)
     coarse_normalize_rows(highs[0], finishers)
     for row in range(n_rows):
+        target = <char*>scratch + row * pitch if is_joined else y[row]
         write_row(
-            at(<const vec*>scratch, row * n), y[row], n, splat(get(finishers + FACTOR, row), <const vec*>scratch), storage,
-            streaming)
+            at(<const vec*>scratch, row * n), target, n, splat(get(finishers + FACTOR, row), <const vec*>scratch), storage)
+    if is_joined:
+        stream_bytes(scratch, y[0], n_rows * pitch)
 
 
 cdef void run_stored_batch(
@@ -112,7 +101,7 @@ cdef inline void run_batch_stored_as(
     const vec* x, vec* y, const Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* scratch, Storage storage
 ) noexcept nogil:
     cdef const void* sources[MAX_LANES]
-    cdef void* targets[MAX_LANES]
+    cdef char* targets[MAX_LANES]
     cdef vec* rows[MAX_LANES]
     cdef vec* results[MAX_LANES]
     cdef vec[MAX_LANES] log_sums
@@ -132,5 +121,5 @@ cdef inline void run_batch_stored_as(
     run_rows(<const vec**>rows, rows, results, n_rows, n, job.function, job.has_zero, job.exponentials, False)
     for row in range(n_rows):
         write_elements_to(
-            <const vec*>results[row], <char*>targets[row], stored_size(storage, x), 1 if job.function == LOGSUMEXP else n,
+            <const vec*>results[row], targets[row], stored_size(storage, x), 1 if job.function == LOGSUMEXP else n,
             storage)

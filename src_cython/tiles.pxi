@@ -379,17 +379,6 @@ cdef inline void finish_tiles(
         write_tiles(SUBTRACT, tiles, tile_size, columns, n, <const vec*>NULL, finishers, y, y_stride, streaming, storage)
 
 
-cdef inline void stream_elements(const vec* source, vec* y, Py_ssize_t n) noexcept nogil:
-    """Copy contiguous elements past the caches: (1000000, 10) float32 take 11 ms instead of 15."""
-    cdef vec fill = splat(0.0, y)
-    cdef Py_ssize_t i = min(n, <Py_ssize_t>(-<uintptr_t>y % REGISTER_BYTES) // itemsize(y))
-    store_first(y, load_first(source, <int>i, fill), <int>i)
-    while i + lanes(y) <= n:
-        stream(<vec*>at(<const vec*>y, i), load(at(source, i)))
-        i += lanes(y)
-    store_first(<vec*>at(<const vec*>y, i), load_first(at(source, i), <int>(n - i), fill), <int>(n - i))
-
-
 cdef void run_turned(
     const vec* x, vec* y, const Job* job, Py_ssize_t first, int n_rows, Py_ssize_t n, vec* tiles
 ) noexcept nogil:
@@ -452,5 +441,5 @@ cdef inline void run_turned_stored_as(
             write_tile(SCALE, <const vec*>tile, n, finishers + t * FINISHERS, True, target, y_stride)
         else:
             write_tile(SCALE, <const vec*>tile, n, finishers + t * FINISHERS, False, target, y_stride)
-    if job.streaming:
-        stream_elements(<const vec*>rows, y, n_rows * n)
+    if job.streaming:  # (1000000, 10) float32 take 11 ms instead of 15
+        stream_bytes(rows, y, n_rows * n * stored_size(storage, x))

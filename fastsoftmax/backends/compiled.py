@@ -234,7 +234,7 @@ def make_schedule(
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal, n_units, unit_bytes = "tiles", layout.n_rows, 0
-        streaming &= layout.kept[0].y_stride == layout.n_cols * layout.itemsize and layout.itemsize > 2
+        streaming &= layout.kept[0].y_stride == layout.n_cols * layout.itemsize
     elif layout.has_contiguous_rows:
         traversal, n_units, unit_bytes = "rows", layout.n_rows, layout.n_cols * itemsize
         n_chunks = -(-unit_bytes // _kernels.chunk_bytes)
