@@ -111,7 +111,7 @@ def hard_rows(dtype, n_rows=300):
 
 
 def test_floating_point_environment(backend, dtype, monkeypatch):
-    """Rounding, traps and the handling of subnormal numbers, here and on the threads that ran."""
+    """Rounding and the handling of subnormal numbers, here and in a thread that is started afterwards."""
     libm = ctypes.CDLL(ctypes.util.find_library("m"))
     x = np.tile(hard_rows(dtype), (30, 20))
     for n_threads in ("1", "2"):
