@@ -408,9 +408,11 @@ cdef inline void write_elements(
 cdef inline void stream_bytes(const void* source, void* y, Py_ssize_t size) noexcept nogil:
     """Copy past the caches, but for what shares a cache line with other bytes."""
     cdef Py_ssize_t i = min(size, <Py_ssize_t>(-<uintptr_t>y % REGISTER_BYTES))
+    cdef f32v line
     memcpy(y, source, i)
     while i + REGISTER_BYTES <= size:
-        stream(<f32v*>(<char*>y + i), load(<const f32v*>(<const char*>source + i)))
+        memcpy(&line, <const char*>source + i, REGISTER_BYTES)  # which elements of 16 bits need not be aligned for
+        stream(<f32v*>(<char*>y + i), line)
         i += REGISTER_BYTES
     memcpy(<char*>y + i, <const char*>source + i, size - i)
 
