@@ -411,7 +411,7 @@ cdef inline void stream_bytes(const void* source, void* y, Py_ssize_t size) noex
     cdef f32v line
     memcpy(y, source, i)
     while i + REGISTER_BYTES <= size:
-        memcpy(&line, <const char*>source + i, REGISTER_BYTES)  # which elements of 16 bits need not be aligned for
+        memcpy(&line, <const char*>source + i, REGISTER_BYTES)  # not a load: elements of 16 bits may lie at odd multiples of 2
         stream(<f32v*>(<char*>y + i), line)
         i += REGISTER_BYTES
     memcpy(<char*>y + i, <const char*>source + i, size - i)

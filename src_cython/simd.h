@@ -587,11 +587,11 @@ static inline u16v f32v_to_float16(f32v v)
 }
 #endif
 
-/* Make non-temporal stores visible to other threads in order. */
 /* Fetch what is read next to the L1 cache, or what is read later to the L2 cache. */
 static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 static inline void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 
+/* Make non-temporal stores visible to other threads in order. */
 static inline void stream_fence(void)
 {
 #if defined(__x86_64__)
