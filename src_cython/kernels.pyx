@@ -102,9 +102,9 @@ include "split.pxi"
 chunk_bytes, narrow_strip_bytes = CHUNK_BYTES, MIN_STRIP_BYTES
 
 
-def strip_bytes(Py_ssize_t n):
-    """How many bytes, in the type that is computed in, a strip has of each of n rows of the array."""
-    return strip_columns(n, <const f32v*>NULL) * sizeof(float)
+def columns_of_strip(Py_ssize_t n, Py_ssize_t size):
+    """How many columns of n elements, of so many bytes in memory, a strip has."""
+    return strip_columns(n, size, <const f64v*>NULL) if size == sizeof(double) else strip_columns(n, size, <const f32v*>NULL)
 
 
 def runs_here(str tier):
@@ -262,14 +262,15 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     cdef void* memory
     cdef vec* scratch
     cdef State* states
+    cdef Py_ssize_t width
     cdef int left_out = 0
     if job.traversal == STRIPS:
         job.kept.count -= 1
-        left_out = columns_left_out(y, job, x)
-        n_strips = (left_out + job.kept.size[job.kept.count] + strip_columns(n, x) - 1) // strip_columns(n, x)
+        width, left_out = strip_columns(n, stored_size(source_storage(job), x), x), columns_left_out(y, job, x)
+        n_strips = (left_out + job.kept.size[job.kept.count] + width - 1) // width
         n_units = total_size(&job.kept) * n_strips
-        scratch_bytes = strip_columns(n, x) * itemsize(x) * tile_registers(n, x)
-        scratch_bytes += room_for_sink(job, <int>strip_columns(n, x) // lanes(x), n, x) * REGISTER_BYTES
+        scratch_bytes = width * itemsize(x) * tile_registers(n, x)
+        scratch_bytes += room_for_sink(job, <int>width // lanes(x), n, x) * REGISTER_BYTES
     elif job.traversal == TILES:
         n_together = turned_tiles(n) * lanes(x)
         scratch_bytes = (2 if job.adjusted == NULL else 3) * turned_tiles(n) * n * REGISTER_BYTES

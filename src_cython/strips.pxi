@@ -5,22 +5,24 @@ once, for where they are a power of two apart they evict each other.
 """
 
 cdef enum:
-    # Of each row of the array a strip has as much as makes so large a scratch, but 512 bytes at least.
+    # Of each row of the array a strip has as much as makes so large a scratch, but 512 bytes at least, or 256 where the
+    # scratch would take half of a second-level cache: of one of 2 MiB, (2000, 3000) float32 on axis 0 take 6.0 ms
+    # instead of 7.5, (4096, 4096) 16.5 instead of 19.6, (1000, 1000) the same.
     STRIP_BYTES = 131072
     MIN_STRIP_BYTES = 512
+    TALL_STRIP_BYTES = 256
     MAX_NARROW_COLUMNS = MIN_STRIP_BYTES // 4
-    # The next strip is fetched while one is computed: (16, 21, 16384) float32 on axis 1 take 2.6 ms instead of 3.1.
-    # Rows that are a multiple of a page apart evict each other, so that of more bytes than these much would be fetched
-    # twice: (4096, 4096) float32 take 8.2 ms, and would take 9.0.
-    PAGE_BYTES = 4096
+    # The next strip is fetched while one is computed: (16, 21, 16384) float32 on axis 1 take 2.6 ms instead of 3.1. A
+    # larger one would not stay until it is copied: (3000, 4000) float32 on axis 0 take 11.8 ms, and would take 12.6.
     STAYING_BYTES = 524288
     PREFETCH_ROWS = 8  # how many rows ahead the next ones are fetched; strides are too long for the processor to
 
 
-cdef inline Py_ssize_t strip_columns(Py_ssize_t n, const vec* like) noexcept nogil:
-    """How many columns of n elements a strip has."""
+cdef inline Py_ssize_t strip_columns(Py_ssize_t n, Py_ssize_t size, const vec* like) noexcept nogil:
+    """How many columns of n elements, of so many bytes in memory, a strip has."""
     cdef Py_ssize_t n_tiles = STRIP_BYTES // (max(n, <Py_ssize_t>1) * REGISTER_BYTES)
-    return min(max(n_tiles, <Py_ssize_t>(MIN_STRIP_BYTES // REGISTER_BYTES)), <Py_ssize_t>MAX_TILES) * lanes(like)
+    cdef Py_ssize_t least = TALL_STRIP_BYTES if n * MIN_STRIP_BYTES > STAYING_BYTES else MIN_STRIP_BYTES
+    return min(max(n_tiles, least // size // lanes(like)), <Py_ssize_t>MAX_TILES) * lanes(like)
 
 
 cdef inline int narrow_strip_columns(const vec* like) noexcept nogil:
@@ -91,10 +93,9 @@ cdef void run_long_strip(
     cdef vec[FINISHERS * MAX_TILES] finishers
     cdef vec[MAX_TILES] row_offsets, largest, high, low
     cdef vec exponent
-    cdef Upcoming nothing  # of use: what was copied first is no longer in a cache when it would be read again
+    cdef Upcoming nothing = nothing_upcoming(tiles)  # what was copied first is in no cache when it would be read again
     cdef bint apart = job.function != SOFTMAX
     cdef int t, row, i
-    nothing.place, nothing.stride, nothing.tile_stride = <const char*>tiles, 0, 0
     for t in range(columns.n_tiles):
         row_offsets[t] = splat(0.0, like)
         for i in range(FINISHERS):
@@ -176,7 +177,11 @@ cdef inline void put_finish(
 
 cdef inline int columns_left_out(const void* y, const Job* job, const vec* like) noexcept nogil:
     """The lanes that the first tile leaves out for results to be streamed."""
-    return <int>(<uintptr_t>y % REGISTER_BYTES) // itemsize(like) if job.streaming else 0
+    return <int>(<uintptr_t>y % REGISTER_BYTES) // stored_size(job.storage, like) if job.streaming else 0
+
+
+cdef inline Storage source_storage(const Job* job) noexcept nogil:
+    return job.storage if job.adjusted == NULL else job.adjusted.x_storage
 
 
 cdef void run_strip(
@@ -184,7 +189,8 @@ cdef void run_strip(
 ) noexcept nogil:
     """Run one strip; `tiles` has room for a chunk of its columns."""
     cdef const vec* like = tiles
-    cdef Py_ssize_t n = job.row.size[0], first = max(index * strip_columns(n, like) - left_out, 0), x_offset, y_offset, x_size
+    cdef Py_ssize_t n = job.row.size[0], x_size = stored_size(source_storage(job), like), x_offset, y_offset
+    cdef Py_ssize_t width = strip_columns(n, x_size, like), first = max(index * width - left_out, 0)
     cdef Py_ssize_t tile_size = tile_registers(n, like), size = stored_size(job.storage, like)
     cdef vec[FINISHERS * MAX_TILES] finishers
     cdef vec[MAX_TILES] log_sums
@@ -192,20 +198,19 @@ cdef void run_strip(
     cdef Upcoming upcoming
     cdef int t, inner = job.kept.count
     cdef Columns columns = share_out(
-        min((index + 1) * strip_columns(n, like) - left_out, job.kept.size[inner]) - first,
-        left_out if index == 0 else 0, like)
+        min((index + 1) * width - left_out, job.kept.size[inner]) - first,
+        left_out % lanes(like) if index == 0 else 0, like)
     locate(&job.kept, outer, &x_offset, &y_offset)
     source.adjusted, source.mask, source.x_stride = job.adjusted, NULL, job.row.x_stride[0]
-    source.storage = job.storage if job.adjusted == NULL else job.adjusted.x_storage
-    x_size = stored_size(source.storage, like)
+    source.storage = source_storage(job)
     source.x = <const char*>x + x_offset + first * x_size
     if job.adjusted != NULL and job.adjusted.mask != NULL:
         source.mask = mask_of_strip(job, outer, first)
     y = <char*>y + y_offset + first * job.kept.y_stride[inner]
-    upcoming.place, upcoming.tile_stride = source.x + strip_columns(n, like) * x_size, lanes(like) * x_size
-    upcoming.stride = source.x_stride
-    if upcoming.stride % PAGE_BYTES == 0 and n * strip_columns(n, like) * x_size > STAYING_BYTES:
-        upcoming.place, upcoming.stride, upcoming.tile_stride = <const char*>tiles, 0, 0
+    upcoming.place, upcoming.tile_stride = source.x + width * x_size, lanes(like) * x_size
+    upcoming.stride, upcoming.is_far = source.x_stride, True
+    if n * width * x_size >= STAYING_BYTES:
+        upcoming = nothing_upcoming(tiles)
     if n > chunk_length(like) and is_divided(job):
         run_long_divided_strip(&source, y, job.row.y_stride[0], &columns, n, job, tiles, log_sums)
     elif n > chunk_length(like):
@@ -215,7 +220,7 @@ cdef void run_strip(
         if job.sink != NULL:
             sink_tiles(
                 tiles, tile_size, &columns, n, upcoming, job, outer * job.kept.size[inner] + first,
-                tiles + strip_columns(n, like) // lanes(like) * tile_size)
+                tiles + width // lanes(like) * tile_size)
             return
         reduce_tiles(tiles, tile_size, &columns, n, upcoming, job, finishers, log_sums)
         finish_tiles(

@@ -14,6 +14,11 @@ cdef enum:
     TURNED_TILES = 8
     TURNED_BYTES = 20480
     MAX_TILES = 32  # of a strip
+    # What longer tiles are made of next is fetched to the second-level cache: (300000, 37) float32 take 4 % less time.
+    LONG_TILE = 16
+    # So many rows ahead a strip fetches the lines that it writes: (64, 100, 1000) float32 on axis 1 take 5.0 ms instead of
+    # 5.9, with 16 rows 5.2.
+    PREFETCH_LINES = 4
 
 
 cdef inline int turned_tiles(Py_ssize_t n) noexcept nogil:
@@ -148,6 +153,20 @@ cdef struct Upcoming:  # what is probably read next, fetched while terms are com
     const char* place
     Py_ssize_t stride  # from one element to the next, in bytes
     Py_ssize_t tile_stride
+    bint is_far  # whether it goes to the second-level cache, as the first has no room for it
+
+
+cdef inline Upcoming nothing_upcoming(const vec* tiles) noexcept nogil:
+    cdef Upcoming nothing
+    nothing.place, nothing.stride, nothing.tile_stride, nothing.is_far = <const char*>tiles, 0, 0, False
+    return nothing
+
+
+cdef inline void fetch(const Upcoming* upcoming, Py_ssize_t element) noexcept nogil:
+    if upcoming.is_far:
+        prefetch_far(upcoming.place + element * upcoming.stride)
+    else:
+        prefetch(upcoming.place + element * upcoming.stride)
 
 
 cdef inline void fold_tile_elements(
@@ -178,7 +197,7 @@ cdef inline void fold_lanes(
     while element + count <= n:
         fold_registers(tile + element, terms, count, top, high, low, apart, arithmetic, reference, 1)
         for j in range(count):
-            prefetch(upcoming.place + (element + j) * upcoming.stride)
+            fetch(&upcoming, element + j)
             if keep:
                 tile[element + j] = terms[j]
         element += lanes(reference)
@@ -192,7 +211,7 @@ cdef inline void fold_lanes(
     for j in range(count):
         if element + j < n:  # in the last row of lanes, which is shorter
             fold_registers(tile + element + j, terms, 1, top + j, high + j, low + j, apart, arithmetic, reference, 1)
-            prefetch(upcoming.place + (element + j) * upcoming.stride)
+            fetch(&upcoming, element + j)
             if keep:
                 tile[element + j] = terms[0]
         if arithmetic == COARSE:
@@ -290,17 +309,25 @@ cdef inline void write_tiles(
     Finish kind, const vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, const vec* references,
     const vec* finishers, void* y, Py_ssize_t y_stride, bint streaming, Storage storage
 ) noexcept nogil:
-    """Write tiles side by side, n elements of each row; each tile has its own reference and finishers."""
+    """Write tiles side by side, n elements of each row; each tile has its own reference and finishers.
+
+    What is not made of whole registers is put together before it is streamed.
+    """
     cdef bint has_ties = kind in (SCALE, EXP_SCALE) and any_ties(finishers, columns.n_tiles), is_streamed
+    cdef bint is_fetched = not streaming and y_stride > REGISTER_BYTES  # adjacent registers the processor itself fetches
     cdef Py_ssize_t element, size = stored_size(storage, tiles)
+    cdef vec[MAX_TILES] line
     cdef vec value
     cdef char* place
+    cdef char* target
     cdef int t
     if columns.are_whole and storage == AS_COMPUTED and not has_ties:  # (100, 1000) float32 take 31 us instead of 34
         for element in range(n):
             place = <char*>y + element * y_stride
             is_streamed = streaming and <uintptr_t>place % REGISTER_BYTES == 0
             for t in range(columns.n_tiles):
+                if is_fetched:
+                    prefetch(place + PREFETCH_LINES * y_stride + t * REGISTER_BYTES)
                 value = tiles[t * tile_size + element]
                 finish(&value, 1, kind, references + t * REFERENCE, finishers + t * FINISHERS, False)
                 if is_streamed:
@@ -309,16 +336,19 @@ cdef inline void write_tiles(
                     store(<vec*>place + t, value)
         return
     for element in range(n):
+        place = <char*>y + element * y_stride
+        target = <char*>line if streaming else place
         for t in range(columns.n_tiles):
             value = tiles[t * tile_size + element]
             finish(&value, 1, kind, references + t * REFERENCE, finishers + t * FINISHERS, has_ties)
-            place = <char*>y + element * y_stride + columns.first[t] * size
+            if is_fetched:
+                prefetch(place + PREFETCH_LINES * y_stride + columns.first[t] * size)
             if columns.count[t] < lanes(tiles) or storage != AS_COMPUTED:
-                store_stored(place, value, columns.count[t], storage)
-            elif streaming and <uintptr_t>place % REGISTER_BYTES == 0:
-                stream(<vec*>place, value)
+                store_stored(target + columns.first[t] * size, value, columns.count[t], storage)
             else:
-                store(<vec*>place, value)
+                store(<vec*>(target + columns.first[t] * size), value)
+        if streaming:
+            stream_bytes(line, place, (columns.first[columns.n_tiles - 1] + columns.count[columns.n_tiles - 1]) * size)
 
 
 cdef inline bint any_ties(const vec* finishers, int n_tiles) noexcept nogil:
@@ -408,7 +438,7 @@ cdef inline void run_turned_stored_as(
     cdef bint coarse = x_storage != AS_COMPUTED and job.function == SOFTMAX, is_readable
     cdef int t
     upcoming.place, upcoming.stride = <const char*>below(x, first + n_rows, x_stride), lanes(x) * stored_size(x_storage, x)
-    upcoming.tile_stride = n * upcoming.stride
+    upcoming.tile_stride, upcoming.is_far = n * upcoming.stride, n > LONG_TILE
     x, y = below(x, first, x_stride), <vec*>below(<const vec*>y, first, y_stride)
     rows = tiles + turned_tiles(n) * n if job.streaming else y  # scratch that results are streamed from
     for t in range(all_rows.n_tiles):

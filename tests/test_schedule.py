@@ -101,8 +101,8 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
 
 # With caches of 1 and 32 MiB, up to 8 threads, float32 if no itemsize is given. In this order: small calls; large ones,
 # rows being split where there are few;
-# those that leave the cache, their scratch at its limit of 2 MiB and beyond it; calls in place; strips, which hold up
-# to 512 bytes of each row.
+# those that leave the cache, their scratch at its limit of 2 MiB and beyond it; calls in place; strips, which hold
+# 512 bytes of each row and more, or 256 of many rows.
 @pytest.mark.parametrize(
     ("function", "layout", "in_place", "schedule"),
     [
@@ -141,23 +141,26 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(1, 1 << 20), True, Schedule("split", "recompute", False, 8, 32)),
         ("log_softmax", contiguous_rows(40, 1000), True, Schedule("rows", "none")),
         ("softmax", adjacent_rows(20, 60, 40), True, Schedule("strips", "scratch")),
-        ("softmax", adjacent_rows(1, 4096, 128), True, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(1, 1024, 128), True, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(1, 4096, 128), True, Schedule("strips", "scratch", False, 2, 2)),
         ("softmax", adjacent_rows(1, 8192, 40), True, Schedule("strips", "scratch")),
         ("softmax", adjacent_rows(1, 8193, 40), True, Schedule("strips", "recompute")),
-        ("softmax", adjacent_rows(1, 4096, 40, 8), True, Schedule("strips", "scratch")),
-        ("softmax", adjacent_rows(1, 4097, 40, 8), True, Schedule("strips", "recompute")),
+        ("softmax", adjacent_rows(1, 4096, 30, 8), True, Schedule("strips", "scratch")),
+        ("softmax", adjacent_rows(1, 4097, 30, 8), True, Schedule("strips", "recompute")),
         ("softmax", adjacent_rows(1, 4096, 4096), False, Schedule("strips", "scratch", True, 8, 32)),
         ("softmax", adjacent_rows(1, 8193, 4096), False, Schedule("strips", "recompute", True, 8, 32)),
         ("softmax", adjacent_rows(1, 4096, 4096, 8), False, Schedule("strips", "scratch", True, 8, 32)),
-        ("softmax", adjacent_rows(1, 4096, 300), False, Schedule("strips", "scratch", False, 3, 3)),
-        ("softmax", adjacent_rows(2, 2048, 300), False, Schedule("strips", "scratch", False, 6, 6)),
+        ("softmax", adjacent_rows(1, 4096, 4104), False, Schedule("strips", "scratch", False, 8, 32)),
+        ("softmax", adjacent_rows(1, 4096, 300), False, Schedule("strips", "scratch", False, 5, 5)),
+        ("softmax", adjacent_rows(2, 1024, 300), False, Schedule("strips", "scratch", False, 6, 6)),
         ("logsumexp", adjacent_rows(1, 4096, 4096), False, Schedule("strips", "none", False, 8, 32)),
         ("softmax", stepped_rows(64, 8193), False, Schedule("gather", "recompute", False, 8, 32)),
         ("softmax", contiguous_rows(40, 1000, 2), False, Schedule("rows", "scratch")),
         ("softmax", contiguous_rows(9000, 1024, 2), False, Schedule("rows", "scratch", True, 8, 32)),
         ("softmax", contiguous_rows(64, 9000, 2), True, Schedule("gather", "recompute", False, 8, 32)),
         ("softmax", contiguous_rows(1_000_000, 10, 2), False, Schedule("tiles", "scratch", True, 8, 32)),
-        ("softmax", adjacent_rows(1, 8192, 4096, 2), False, Schedule("strips", "scratch", False, 8, 32)),
+        ("softmax", adjacent_rows(1, 8192, 4096, 2), False, Schedule("strips", "scratch", True, 8, 32)),
+        ("softmax", adjacent_rows(1, 8192, 4100, 2), False, Schedule("strips", "scratch", False, 8, 32)),
         ("softmax", adjacent_rows(1, 4096, 300, 2), False, Schedule("strips", "scratch", False, 3, 3)),
     ],
 )
@@ -177,7 +180,7 @@ def test_compiled_schedules(monkeypatch, function, layout, in_place, schedule):
         ("fold_states", contiguous_rows(15, 104), 0, Schedule("rows", "none")),
         ("fold_states", contiguous_rows(1_000_000, 10, 2), 0, Schedule("tiles", "none", False, 8, 32)),
         ("fold_states", contiguous_rows(40, 1000, 2), 0, Schedule("gather", "none")),
-        ("fold_states", adjacent_rows(1, 8192, 300), 0, Schedule("strips", "none", False, 3, 3)),
+        ("fold_states", adjacent_rows(1, 8192, 300), 0, Schedule("strips", "none", False, 5, 5)),
         ("fold_states", adjacent_rows(1, 8193, 300), 0, Schedule("bands", "none", False, 3, 3)),
         ("normalize", contiguous_rows(16, 104), 0, Schedule("rows", "none")),
         ("normalize", adjacent_rows(1, 4096, 300), 0, Schedule("bands", "none", False, 3, 3)),
@@ -256,9 +259,11 @@ def placed(shape, dtype, offset):
         ((4, 500), 1, "rows", False, "scratch"),
         ((2, 1500), 1, "rows", False, "recompute"),
         ((8, 4096), 0, "strips", True, "scratch"),
-        ((3, 7, 1003), 1, "strips", True, "scratch"),
+        ((3, 7, 1008), 1, "strips", True, "scratch"),
+        ((3, 7, 1003), 1, "strips", False, "scratch"),  # rows whose cache lines do not end at the same columns
         ((3, 90, 192), 1, "strips", True, "scratch"),
-        ((9001, 21), 0, "strips", True, "recompute"),
+        ((9001, 32), 0, "strips", True, "recompute"),
+        ((9001, 21), 0, "strips", False, "recompute"),
         ((8, 70), 0, "strips", False, "scratch"),
         ((20, 70), 0, "strips", False, "scratch"),
         ((20, 30, 41), (0, 2), "gather", False, "scratch"),
@@ -294,22 +299,35 @@ def test_results_do_not_depend_on_the_schedule(
 @pytest.mark.parametrize("backend", TIERS, indirect=True)
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(
-    ("shape", "traversal"), [((80, 512), "rows"), ((300, 130), "rows"), ((150, 101), "rows"), ((777, 27), "tiles")]
+    ("shape", "traversal"),
+    [
+        ((80, 512), "rows"),
+        ((300, 130), "rows"),
+        ((150, 101), "rows"),
+        ((777, 27), "tiles"),
+        ((9001, 160), "strips"),
+        ((90, 416), "strips"),
+        ((90, 401), "strips"),
+    ],
 )
 def test_16_bit_results_do_not_depend_on_the_schedule(backend, monkeypatch, dtype, shape, traversal):
     """They are those of small caches, of a row alone, of a row that is collected, and of a column."""
     monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "2")
+    is_columns = traversal == "strips"
+    waiting = "recompute" if is_columns and shape[0] > 8192 else "scratch"
     for kind in ("wide", "masked by -inf", "one nan"):
         x = inputs.values(kind, shape, np.float32).astype(dtype)
         with caches_of(1 << 20, 1 << 30):
-            expected, natural = run("softmax", x, 1, np.empty_like(x))
-        assert natural == dataclasses.replace(natural, traversal=traversal, exponentials="scratch", streaming=False)
+            expected, natural = run("softmax", x, 0 if is_columns else 1, np.empty_like(x))
+        assert natural == dataclasses.replace(natural, traversal=traversal, exponentials=waiting, streaming=False)
         with caches_of(1 << 14, 1 << 16):
-            for offset in (0, 1):
+            for offset in (0, 1, 16, 20, 31):
                 out = placed(shape, dtype, offset)
-                result, schedule = run("softmax", x, 1, out)
-                assert schedule.streaming == (4 * x.size > 1 << 16)
+                result, schedule = run("softmax", x, 0 if is_columns else 1, out)
+                assert schedule.streaming == (4 * x.size > 1 << 16 and not (is_columns and 2 * shape[1] % 64))
                 np.testing.assert_array_equal(result.view(np.uint16), expected.view(np.uint16))
+        if is_columns:
+            x, expected = x.T.copy(), expected.T.copy()
         alone = np.array([fastsoftmax.softmax(row) for row in x[:20]])
         np.testing.assert_array_equal(alone.view(np.uint16), expected[:20].view(np.uint16))
         columns = fastsoftmax.softmax(x.T.copy(), 0)
