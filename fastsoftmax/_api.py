@@ -316,7 +316,8 @@ def logsumexp(
     log_dtype = np.empty(0, result_dtype).real.dtype if return_sign else result_dtype
     if out is not None:
         _check_out(out, shape, log_dtype)
-    adjustment = _adjustment(module, mask, temperature, working, reading != writing, out)
+    is_converted = _is_converted(module, working, reading, writing)
+    adjustment = _adjustment(module, mask, temperature, working, is_converted, out)
     log_sum, sign = _log_sums_with_signs(shape, working) if factors is not None and return_sign else (None, None)
     if log_sum is None:
         is_direct = out is not None and _is_writable_as(out, writing) and not _shares_memory(out, terms, factors)
@@ -361,11 +362,12 @@ def _map_rows(
     working = _wide_enough(working, temperature)
     module = select(working, logits.size, backend)
     reading, writing = _read_and_written_as(module, logits.dtype, working, result)
-    if function == "softmax_one" and reading != writing:  # no backend converts for it
-        reading = writing = working
+    is_converted = _is_converted(module, working, reading, writing)
+    if function == "softmax_one" and is_converted:  # no backend converts for it
+        reading, writing, is_converted = working, working, False
     if out is not None:
         _check_out(out, logits.shape, result)
-    adjustment = _adjustment(module, mask, temperature, working, reading != writing, out)
+    adjustment = _adjustment(module, mask, temperature, working, is_converted, out)
     data = readable(logits, reading)
     shared = out is not None and np.may_share_memory(data, out)
     in_place = out is not None and shared and _is_same_view(data, out)
@@ -560,6 +562,13 @@ def _read_and_written_as(
     if native == result and working == _FLOAT32 and _is_among(native, module.READS):
         return native, native
     return (native, result) if _is_among(native, module.CONVERTS) else (working, working)
+
+
+def _is_converted(
+    module: BackendModule, working: np.dtype[Any], reading: np.dtype[Any], writing: np.dtype[Any]
+) -> bool:
+    """Whether elements are converted on their way, and not by kernels that are made for them."""
+    return reading != writing or (reading != working and not _is_among(reading, module.READS))
 
 
 def _check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> None:

@@ -35,6 +35,12 @@ def _straddling(rng, n, dtype):
     return _prefix(np.full(n, 1.0 - edge), max(n - 10, 0), -edge - 0.9 - abs(rng.normal(size=max(n - 10, 0))) * 0.1)
 
 
+def _far_from_first(rng, n, dtype):
+    """Values whose chunks, but for the first of a long row, have offsets of their own and count all."""
+    first, rest = (1100.0, 1400.0) if dtype == np.float32 else (20_000.0, 25_000.0)
+    return _prefix(rest + rng.normal(size=n), n // 8, first)
+
+
 def _near_ties(rng, n, dtype):
     """Neighbouring numbers."""
     return 2 + rng.integers(0, 4, n) * 2 * float(finfo(dtype).eps)
@@ -82,6 +88,7 @@ VALUES = {
     "subnormal results": _subnormal_results,
     "rounding ties": _rounding_ties,
     "straddling an offset": _straddling,
+    "far from the first": _far_from_first,
 }
 NON_FINITE_VALUES = {
     "one nan": lambda rng, n, dtype: _one(rng.normal(size=n), np.nan),

@@ -147,6 +147,14 @@ MUTANTS = (
         ("test_schedule.py",),
     ),
     Mutant(
+        "states-merged-backwards",
+        "src_cython/split.pxi",
+        "    for chunk in range(1, (row.n + length - 1) // length):\n",
+        "    for chunk in range((row.n + length - 1) // length - 1, 0, -1):\n",
+        "The states of a row that threads share are not merged in the order that they have on one thread.",
+        ("test_schedule.py",),
+    ),
+    Mutant(
         "log-of-softmax",
         "src_cython/rows.pxi",
         "    write_chunk(SUBTRACT, x, y, n, <const vec*>NULL, log_scale_of(total, x), streaming)\n",

@@ -423,7 +423,7 @@ def test_in_the_simulator(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FASTSOFTMAX")}
     environment["NUMBA_ENABLE_CUDASIM"] = "1"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
     print(done.stdout[-10_000:], done.stderr[-2_000:])
     assert done.returncode == 0
 

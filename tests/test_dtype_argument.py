@@ -122,6 +122,29 @@ def test_numbers_beyond_the_range(backend, call):
     np.testing.assert_array_equal(call(x, dtype=np.float32), call(np.float32([np.inf, 0.0])))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_every_number_of_16_bits(backend, dtype):
+    """A row of one element has that for its logsumexp."""
+    x = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    result = logsumexp(x[:, np.newaxis], 1)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        np.testing.assert_array_equal(result.astype(np.float32), x.astype(np.float32))
+
+
+@pytest.mark.parametrize("asked", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_rounding_to_16_bits(backend, rng, asked):
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        numbers = np.sort(np.arange(1 << 16, dtype=np.uint16).view(asked).astype(np.float32))
+    numbers = numbers[np.isfinite(numbers)]
+    halfway = numbers[1:] / 2 + numbers[:-1] / 2
+    near = np.nextafter(halfway, np.float32(np.inf)), np.nextafter(halfway, np.float32(-np.inf))
+    anything = rng.integers(0, 1 << 32, 10_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([halfway, *near, anything])
+    result = logsumexp(x[:, np.newaxis], 1, dtype=asked)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(result.astype(np.float32), x.astype(asked).astype(np.float32))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
     ("given", "asked"),
@@ -135,17 +158,18 @@ def test_numbers_beyond_the_range(backend, call):
         (bool, np.float16),
     ],
 )
-def test_no_array_is_made(function, call, rng, monkeypatch, given, asked, axis):
+@pytest.mark.parametrize("name", ["cython", "numba"])
+def test_no_array_is_made(function, call, rng, monkeypatch, name, given, asked, axis):
     """But for the result: elements are converted on their way."""
-    if "cython" not in fastsoftmax.available_backends():
-        pytest.skip("backend 'cython' is not available")
+    if name not in fastsoftmax.available_backends():
+        pytest.skip(f"backend {name!r} is not available")
     monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "1")
     x = rng.integers(0, 2, (1000, 1000)).astype(given)
     where = rng.random(x.shape) < 0.9
     for options in ({}, {"where": where, "temperature": 0.7}):
-        out = call(x, axis, dtype=asked, backend="cython", **options)
+        out = call(x, axis, dtype=asked, backend=name, **options)
         tracemalloc.start()
-        call(x, axis, dtype=asked, backend="cython", out=out, **options)
+        call(x, axis, dtype=asked, backend=name, out=out, **options)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < x.size / 10

@@ -355,7 +355,17 @@ def test_a_tile_gives_each_row_the_bits_it_has_alone(backend, function, dtype, n
 
 @pytest.mark.parametrize("backend", TIERS, indirect=True)
 @pytest.mark.parametrize(
-    "kind", ["normal", "wide", "ascending", "offset", "straddling an offset", "masked by -inf", "one nan"]
+    "kind",
+    [
+        "normal",
+        "wide",
+        "ascending",
+        "offset",
+        "straddling an offset",
+        "far from the first",
+        "masked by -inf",
+        "one nan",
+    ],
 )
 @pytest.mark.parametrize(
     ("last_level", "waiting", "waiting_in_place"), [(1 << 30, "output", "scratch"), (1 << 16, "recompute", "recompute")]

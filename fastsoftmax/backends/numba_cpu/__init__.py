@@ -1,11 +1,11 @@
 """The Numba backend on the CPU: for machines where the compiled extension cannot be built.
 
 It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors,
-`terms` has the exponentials, `rows` and `tiles` the traversals, `streaming` the states that outlive a call. The others
-are loops over scalars, computed in float64 with the functions of `scalars`: `weighted` for sums with factors,
-`adjusted` for rows with a mask or a temperature, `derivatives` for vector-Jacobian products, `cross_entropy`, and
-`selection` for the largest and for random draws. The states of parts of a row merge by the functions of
-`fastsoftmax._state`.
+`terms` has the exponentials, `rows` and `tiles` the traversals, `converted` rows of other types than are computed in,
+`streaming` the states that outlive a call. The others are loops over scalars, computed in float64 with the functions of
+`scalars`: `weighted` for sums with factors, `adjusted` for rows with a mask or a temperature, `derivatives` for
+vector-Jacobian products, `cross_entropy`, and `selection` for the largest and for random draws. The states of parts of
+a row merge by the functions of `fastsoftmax._state`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
 from fastsoftmax._state import inverse_in_parts, scaled_temperature
 
-from . import adjusted, cross_entropy, derivatives, rows, selection, streaming, tiles
+from . import adjusted, converted, cross_entropy, derivatives, rows, selection, streaming, tiles
 from .weighted import BYTES_OF_WEIGHTED, run_weighted
 
 READS: frozenset[str] = frozenset()
-CONVERTS: frozenset[str] = frozenset()
+CONVERTS = frozenset(converted.STORAGES)
 
 _FUNCTIONS = {"softmax": rows.SOFTMAX, "log_softmax": rows.LOG_SOFTMAX, "logsumexp": rows.LOGSUMEXP}
 _STREAMING_FUNCTIONS = {
@@ -79,18 +79,31 @@ def plan(
 ) -> Plan:
     max_threads = _schedule.max_threads() if layout.size >= 2 * MIN_ELEMENTS_PER_THREAD else 1
     if adjustment is not None:
-        return _make_adjusted_plan(function, layout, max_threads)
+        return _make_adjusted_plan(
+            function, layout, adjustment.dtype.itemsize, _is_only_converted(adjustment), max_threads
+        )
     return _make_plan(function, layout, in_place, max_threads)
 
 
+def _is_only_converted(adjustment: Adjustment) -> bool:
+    return adjustment.mask is None and adjustment.temperature == 1
+
+
 @lru_cache(maxsize=1024)
-def _make_adjusted_plan(function: Function, layout: Layout, max_threads: int) -> Plan:
-    """Choose strips of adjacent rows, or one row after the other, for rows with a mask or a temperature."""
-    is_strips = layout.has_adjacent_rows and not layout.has_contiguous_rows
-    n_units = _count_strips(layout) if is_strips else layout.n_rows
+def _make_adjusted_plan(
+    function: Function, layout: Layout, itemsize: int, is_only_converted: bool, max_threads: int
+) -> Plan:
+    """Choose strips of adjacent rows, or one row after the other, for rows with a mask or a temperature.
+
+    Rows that are only converted, to elements of `itemsize`, come one after the other.
+    """
+    is_strips = layout.has_adjacent_rows and not layout.has_contiguous_rows and not is_only_converted
+    n_units = _count_strips(layout, itemsize) if is_strips else layout.n_rows
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = 1 if n_threads == 1 else min(n_units, n_threads * BLOCKS_PER_THREAD)
     exponentials: Exponentials = "recompute" if function == "softmax" else "none"
+    if function == "softmax" and is_only_converted and layout.n_cols * itemsize <= rows.CHUNK_BYTES:
+        exponentials = "scratch"
     traversal: Traversal = "strips" if is_strips else "gather"
     return Plan(function, "numba", None, Schedule(traversal, exponentials, False, min(n_threads, n_blocks), n_blocks))
 
@@ -110,7 +123,7 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     n_units = layout.n_rows
     if function in VJPS:
         if layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
-            traversal, n_units = "strips", _count_strips(layout)
+            traversal, n_units = "strips", _count_strips(layout, layout.itemsize)
     elif function in BANDED or function == "softmax_one":
         traversal = "rows" if layout.has_contiguous_rows else "gather"
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
@@ -124,7 +137,7 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
             traversal, n_units = "split", n_chunks
     elif layout.has_adjacent_rows:
         traversal = "strips"
-        n_units = _count_strips(layout)
+        n_units = _count_strips(layout, layout.itemsize)
     else:
         streaming = False
     exponentials: Exponentials = "none"
@@ -142,9 +155,10 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     return Plan(function, "numba", None, schedule)
 
 
-def _count_strips(layout: Layout) -> int:
+def _count_strips(layout: Layout, itemsize: int) -> int:
+    """Count the strips of elements that are computed in so many bytes."""
     inner = layout.kept[-1].size
-    return layout.n_rows // inner * -(-inner * layout.itemsize // tiles.STRIP_BYTES)
+    return layout.n_rows // inner * -(-inner * itemsize // tiles.STRIP_BYTES)
 
 
 class _Call(NamedTuple):
@@ -165,7 +179,7 @@ def _prepare(plan: Plan, layout: Layout) -> _Call:
     if schedule.traversal == "tiles":
         kernel, room = tiles.run_turned, tiles.bytes_of_tile(n)
     elif schedule.traversal == "strips":
-        kernel, n_units, room = tiles.run_strips, _count_strips(layout), tiles.bytes_of_strip(n, itemsize)
+        kernel, n_units, room = tiles.run_strips, _count_strips(layout, itemsize), tiles.bytes_of_strip(n, itemsize)
     else:
         n_reduced = len(layout.reduced) if schedule.traversal == "gather" else 0
         room = rows.bytes_of_rows(n, itemsize, schedule.exponentials == "scratch", n_reduced > 0)
@@ -241,7 +255,7 @@ def _run_vjp(plan: Plan, layout: Layout, x: Array, g: Array, out: Array) -> None
     _memory, sizes = _prepare_with_factors(layout)
     columns, n_units = 1, layout.n_rows
     if schedule.traversal == "strips":
-        columns, n_units = tiles.STRIP_BYTES // layout.itemsize, _count_strips(layout)
+        columns, n_units = tiles.STRIP_BYTES // layout.itemsize, _count_strips(layout, layout.itemsize)
     addresses = tuple(map(_address, (x, g, out)))
 
     def run_units(first: int, end: int) -> None:
@@ -258,26 +272,29 @@ def _run_vjp(plan: Plan, layout: Layout, x: Array, g: Array, out: Array) -> None
 
 
 def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None:
-    columns, n_units = 1, layout.n_rows
+    columns, n_units, itemsize = 1, layout.n_rows, adjustment.dtype.itemsize
     if plan.schedule.traversal == "strips":
-        columns, n_units = tiles.STRIP_BYTES // layout.itemsize, _count_strips(layout)
+        columns, n_units = tiles.STRIP_BYTES // itemsize, _count_strips(layout, itemsize)
     dimensions = layout.kept + layout.reduced
     of_mask = tuple(d._replace(x_stride=d.b_stride) for d in dimensions)
-    tables = np.concatenate([_tables(dimensions, layout.itemsize), _tables(of_mask, 1)])
+    tables = np.concatenate([_tables(dimensions, layout.itemsize, layout.y_itemsize), _tables(of_mask, 1)])
+    sizes = tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols
+    storages = tuple(converted.STORAGES.index(array.dtype.name) for array in (x, out))
+    addresses = _address(x), _address(out)
+    like, function = _LIKE[itemsize], _FUNCTIONS[plan.function]
     t, shrink, grow = scaled_temperature(adjustment.temperature)
-    arguments = (
-        _LIKE[layout.itemsize],
-        _FUNCTIONS[plan.function],
-        columns,
-        *map(_address, (x, adjustment.mask, out)),
-        *(tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols),
-        adjustment.temperature,
-        (shrink, grow, *inverse_in_parts(t)),
-    )
+    divisor = shrink, grow, *inverse_in_parts(t)
 
     def run_units(first: int, end: int) -> None:
+        if _is_only_converted(adjustment):
+            _memory, scratch = _scratch(converted.bytes_of_converted(layout.n_cols, itemsize))
+            converted.run_converted(like, function, storages, addresses, *sizes, first, end, scratch)
+            return
         _memory, scratch = _scratch(adjusted.BYTES_OF_ADJUSTED)
-        adjusted.run_adjusted(*arguments, first, end, scratch)
+        mask, temperature = _address(adjustment.mask), adjustment.temperature
+        adjusted.run_adjusted(
+            like, function, columns, storages, addresses, mask, *sizes, temperature, divisor, first, end, scratch
+        )
 
     _in_blocks(run_units, n_units, plan.schedule)
 
@@ -407,7 +424,7 @@ def _offsets(dimensions: tuple[Dimension, ...], index: int) -> tuple[int, int]:
     return x_offset, y_offset
 
 
-def _tables(dimensions: tuple[Dimension, ...], itemsize: int) -> Array:
-    """Sizes and strides in elements, as the kernels read them."""
-    table = [(d.size, d.x_stride // itemsize, d.y_stride // itemsize) for d in dimensions]
+def _tables(dimensions: tuple[Dimension, ...], itemsize: int, y_itemsize: int | None = None) -> Array:
+    """Sizes and strides in elements, as the kernels read them; those of the output may have another size."""
+    table = [(d.size, d.x_stride // itemsize, d.y_stride // (y_itemsize or itemsize)) for d in dimensions]
     return np.array(table, np.int64)

@@ -14,7 +14,8 @@ import numpy as np
 from fastsoftmax import _state
 from fastsoftmax._state import FLOAT64
 
-from .derivatives import _place_of, _read, _write
+from .converted import collect_stored, distribute_stored, read_run, write_run
+from .derivatives import _place_of
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, LOGSUMEXP, SIZE, SOFTMAX, X, Y, offset_of
@@ -27,6 +28,24 @@ CHUNK = 4096
 _LANES = 32
 _MAX_LANES = STRIP_BYTES // 4
 BYTES_OF_ADJUSTED = (CHUNK + 5 * _MAX_LANES) * 8
+
+
+@jit
+def _read(storage, address, at, reduced, n_reduced, columns, width, first, n, like, y):
+    if columns == 1:
+        collect_stored(storage, address, at, reduced, n_reduced, first, n, like, y, 0)
+        return
+    for i in range(n):
+        read_run(storage, address, at + (first + i) * reduced[X], 1, width, like, y, i * width)
+
+
+@jit
+def _write(x, like, storage, address, at, reduced, n_reduced, columns, width, first, n):
+    if columns == 1:
+        distribute_stored(x, 0, like, storage, address, at, reduced, n_reduced, first, n)
+        return
+    for i in range(n):
+        write_run(x, i * width, width, like, storage, address, at + (first + i) * reduced[Y], 1)
 
 
 @jit
@@ -132,9 +151,9 @@ def run_adjusted(
     like,
     function,
     columns,
-    x_address,
+    storages,
+    addresses,
     mask_address,
-    y_address,
     tables,
     n_kept,
     n_reduced,
@@ -147,9 +166,9 @@ def run_adjusted(
 ):
     """Run strips of up to so many adjacent rows; if that is 1, rows of any strides.
 
-    The tables of the mask, if it has an address, follow those of the input.
+    Storages and addresses are those of the input and of the output. The tables of the mask, if it has an address,
+    follow those of the input.
     """
-    x, y = pointer_to(x_address, like), pointer_to(y_address, like)
     mask = pointer_to(mask_address, np.uint8(0))
     values = pointer_to(scratch, 0.0)
     maxima = pointer_to(scratch + CHUNK * 8, 0.0)
@@ -175,7 +194,10 @@ def run_adjusted(
             for first in range(0, n, length):
                 size = min(length, n - first)
                 if step == 0 or n > length:  # else they are still there
-                    _read(x, x_at, reduced, n_reduced, columns, width, first, size, values)
+                    _read(
+                        *(storages[0], addresses[0], x_at),
+                        *(reduced, n_reduced, columns, width, first, size, like, values),
+                    )
                     if mask_address:
                         _hide(
                             values, mask, mask_at, mask_reduced, n_reduced, width, column_step, first, size, -math.inf
@@ -191,7 +213,10 @@ def run_adjusted(
                         _store_log_probabilities(values, size * width, lanes, maxima, divisor, sums, rests)
                     if mask_address:
                         _hide(values, mask, mask_at, mask_reduced, n_reduced, width, column_step, first, size, masked)
-                    _write(values, y, y_at, reduced, n_reduced, columns, width, first, size)
+                    _write(
+                        *(values, like, storages[1], addresses[1], y_at),
+                        *(reduced, n_reduced, columns, width, first, size),
+                    )
             if columns == 1 and step == 0:
                 for j in range(1, lanes):
                     maxima[0] = max(maxima[0], maxima[j])
@@ -210,5 +235,6 @@ def run_adjusted(
             for j in range(width):
                 largest = maxima[j] / temperature
                 whole, error = _state.two_sum(largest, sums[j])
-                y[y_at + j * y_step] = whole + (error + rests[j]) if abs(whole) < math.inf else largest + sums[j]
+                values[0] = whole + (error + rests[j]) if abs(whole) < math.inf else largest + sums[j]
+                write_run(values, 0, 1, like, storages[1], addresses[1], y_at + j * y_step, 0)
         strip += 1
