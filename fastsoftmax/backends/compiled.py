@@ -96,10 +96,10 @@ _MAX_SELECTED = 64
 # (64, 1000) float32 take 7.8 us instead of 11.5, but (40, 1000) 8.5 instead of 7.6.
 _MIN_ELEMENTS_PER_THREAD = 24_576
 
-_CACHE_LINE_BYTES = 64
-
 # The same for vector-Jacobian products, which do less with an element.
 _MIN_VJP_ELEMENTS_PER_THREAD = 65_536
+
+_CACHE_LINE_BYTES = 64
 
 # A call returns to Python between blocks of this many bytes of input, so that Ctrl-C is heard within some 10 ms; but a
 # block is one row at least.
