@@ -17,7 +17,6 @@ from .rows import (
     CHUNK_BYTES,
     COLUMNS,
     LOGSUMEXP,
-    SIZE,
     X,
     Y,
     bytes_of_states,
@@ -31,6 +30,7 @@ from .rows import (
     offset_of,
     rows_together,
     run_batch,
+    stretch_of,
     write_chunks,
 )
 
@@ -133,16 +133,18 @@ def read_run(storage, address, start, step, n, like, y, y_at):
 
 
 @jit
+def _write_numbers(x, x_at, n, like, y, start, step):
+    for j in range(n):
+        y[start + j * step] = _rounded(like, x[x_at + j])
+
+
+@jit
 def write_run(x, x_at, n, like, storage, address, start, step):
-    """Copy n adjacent numbers, rounded to the type that is computed in, to elements of a storage."""
+    """Copy n adjacent numbers, rounded to the type that is computed in, to elements of a storage, `step` apart."""
     if storage == FLOAT32:
-        singles = pointer_to(address, np.float32(0))
-        for j in range(n):
-            singles[start + j * step] = _rounded(like, x[x_at + j])
+        _write_numbers(x, x_at, n, like, pointer_to(address, np.float32(0)), start, step)
     elif storage == FLOAT64:
-        doubles = pointer_to(address, 0.0)
-        for j in range(n):
-            doubles[start + j * step] = _rounded(like, x[x_at + j])
+        _write_numbers(x, x_at, n, like, pointer_to(address, 0.0), start, step)
     else:
         images = pointer_to(address, np.uint16(0))
         for j in range(n):
@@ -153,25 +155,21 @@ def write_run(x, x_at, n, like, storage, address, start, step):
 @jit
 def collect_stored(storage, address, at, reduced, n_reduced, first, n, like, y, y_at):
     """Copy n elements of a row of any strides to adjacent ones."""
-    inner, step = reduced[(n_reduced - 1) * COLUMNS + SIZE], reduced[(n_reduced - 1) * COLUMNS + X]
     done = 0
     while done < n:
-        run = min(inner - (first + done) % inner, n - done)
-        start = at + offset_of(first + done, reduced, n_reduced, X)
-        read_run(storage, address, start, step, run, like, y, y_at + done)
-        done += run
+        start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, X)
+        read_run(storage, address, at + start, step, size, like, y, y_at + done)
+        done += size
 
 
 @jit
 def distribute_stored(x, x_at, like, storage, address, at, reduced, n_reduced, first, n):
     """Copy adjacent elements to a row of any strides."""
-    inner, step = reduced[(n_reduced - 1) * COLUMNS + SIZE], reduced[(n_reduced - 1) * COLUMNS + Y]
     done = 0
     while done < n:
-        run = min(inner - (first + done) % inner, n - done)
-        start = at + offset_of(first + done, reduced, n_reduced, Y)
-        write_run(x, x_at + done, run, like, storage, address, start, step)
-        done += run
+        start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, Y)
+        write_run(x, x_at + done, size, like, storage, address, at + start, step)
+        done += size
 
 
 @jit

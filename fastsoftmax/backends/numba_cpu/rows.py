@@ -494,30 +494,33 @@ def rows_together(x, n):
     return max(1, min(BATCH_BYTES // (n * itemsize_of(x)), lanes_in(register_of(x, 0.0))))
 
 
+@inline
+def stretch_of(dimensions, count, first, n, column):
+    """How the next of n elements of a row lie, from the first on: where, how far apart, and how many of them so."""
+    inner, step = dimensions[(count - 1) * COLUMNS + SIZE], dimensions[(count - 1) * COLUMNS + column]
+    return offset_of(first, dimensions, count, column), step, min(inner - first % inner, n)
+
+
 @jit
 def collect(x, at, reduced, n_reduced, first, n, y, y_at):
     """Copy n elements of a row of any strides to adjacent ones."""
-    inner, step = reduced[(n_reduced - 1) * COLUMNS + SIZE], reduced[(n_reduced - 1) * COLUMNS + X]
     done = 0
     while done < n:
-        run = min(inner - (first + done) % inner, n - done)
-        start = at + offset_of(first + done, reduced, n_reduced, X)
-        for j in range(run):
-            y[y_at + done + j] = x[start + j * step]
-        done += run
+        start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, X)
+        for j in range(size):
+            y[y_at + done + j] = x[at + start + j * step]
+        done += size
 
 
 @jit
 def distribute(x, at, y, y_at, reduced, n_reduced, first, n):
     """Copy adjacent elements to a row of any strides."""
-    inner, step = reduced[(n_reduced - 1) * COLUMNS + SIZE], reduced[(n_reduced - 1) * COLUMNS + Y]
     done = 0
     while done < n:
-        run = min(inner - (first + done) % inner, n - done)
-        start = y_at + offset_of(first + done, reduced, n_reduced, Y)
-        for j in range(run):
-            y[start + j * step] = x[at + done + j]
-        done += run
+        start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, Y)
+        for j in range(size):
+            y[y_at + start + j * step] = x[at + done + j]
+        done += size
 
 
 # Long rows: their chunks are folded as the segments of batches, and their states merged in order.
