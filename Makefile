@@ -9,8 +9,8 @@ PEERS := .venv/.peers
 # meson-python finds meson and ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu test-large test-oldest fuzz sanitize races \
-	leaks mutants coverage reproduce lint asv wheel clean
+.PHONY: help bench bench-peers compare figures accuracy exponential test test-gpu kernels test-large test-oldest fuzz \
+	sanitize races leaks mutants coverage reproduce lint asv wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ test-gpu: ## Run the tests of the CUDA backend on a card, then some under comput
 	elif test -n "$(SANITIZER)"; then for tool in memcheck racecheck synccheck; do \
 		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
 			$(PYTHON) -m pytest tests/cuda -q -k $(SANITIZED) || exit 1; done; fi
+
+kernels: $(READY) ## Compile every CUDA kernel for three architectures, of which `make test` compiles a third
+	FASTSOFTMAX_EVERY_KERNEL=1 $(BIN)/python -m pytest -q tests/test_cuda.py
 
 test-large: $(READY) ## Test arrays of more than 2**31 elements, which takes minutes and 12 GiB of memory
 	$(BIN)/python -m pytest -q tests/large.py

@@ -1,4 +1,7 @@
-"""The CUDA backend, as far as it can be tried without a device: state, plans, machine code, and the simulator."""
+"""The CUDA backend, as far as it can be tried without a device: state, plans, machine code, and the simulator.
+
+``make kernels`` runs the tests of machine code on every kernel.
+"""
 
 import ctypes
 import json
@@ -307,19 +310,22 @@ def test_chunks_cover_a_row_and_end_where_loops_do(n_cols):
 @pytest.fixture(scope="module")
 def compilers():
     """Processes that compile kernels for every architecture, one for each dtype, all at once."""
+    options = ["--all"] if os.environ.get("FASTSOFTMAX_EVERY_KERNEL") else []
     if ptx.find_ptxas() is None:
         pytest.skip("there is no ptxas: pip install nvidia-cuda-nvcc")
     root, pipes = Path(__file__).parent.parent, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with ExitStack() as stack:
         yield {
-            dtype: stack.enter_context(subprocess.Popen([sys.executable, "-m", "tests.ptx", dtype], cwd=root, **pipes))
+            dtype: stack.enter_context(
+                subprocess.Popen([sys.executable, "-m", "tests.ptx", dtype, *options], cwd=root, **pipes)
+            )
             for dtype in FORMATS
         }
 
 
 @pytest.fixture(params=FORMATS, scope="module")
 def machine_code(request, compilers):
-    """What became of each kernel for one dtype on each architecture."""
+    """What became of kernels for one dtype on each architecture."""
     printed, errors = compilers[request.param].communicate(timeout=1800)
     assert compilers[request.param].returncode == 0, errors
     found = json.loads(printed)

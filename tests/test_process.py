@@ -66,7 +66,7 @@ def test_memory_after_many_small_calls(backend, dtype):
     assert growth(lambda: call_everything(x, labels), n_runs) < max(16 * n_runs, 8 * PAGE)
 
 
-@pytest.mark.parametrize("shape", [(1, 1_000_000), (100_000, 10), (1000, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 300_000), (30_000, 10), (550, 550)], ids=str)
 def test_memory_after_large_calls(backend, shape):
     x = np.zeros(shape, np.float32)
 

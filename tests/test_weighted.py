@@ -249,12 +249,17 @@ def test_a_sum_that_cancels_over_chunks(backend, dtype):
     np.testing.assert_allclose(fastsoftmax.logsumexp(a, b=b), 0.7, rtol=1e-6)
 
 
-def test_terms_far_from_an_offset(backend, dtype, rng):
+@cache
+def rows_far_from_an_offset(dtype):
+    rng, rows = np.random.default_rng(0), np.full((8, 20_000), -90, dtype)
+    rows[:, 0], rows[:, -2:] = rng.uniform(-15, -9, 8), rng.uniform(-0.1, 0.1, (8, 2))
+    return [(row, exact(row, np.ones_like(row))) for row in rows]
+
+
+def test_terms_far_from_an_offset(backend, dtype):
     """The last chunk, which makes the sum, keeps the offset of the first, from which its differences are rounded."""
-    for _ in range(8):
-        a = np.full(20_000, -90, dtype)
-        a[0], a[-2:] = rng.uniform(-15, -9), rng.uniform(-0.1, 0.1, 2)
-        check(backend.max_ulps, a, np.ones_like(a), exact(a, np.ones_like(a)))
+    for row, expected in rows_far_from_an_offset(dtype):
+        check(backend.max_ulps, row, np.ones_like(row), expected)
 
 
 def test_an_ascending_row(backend, dtype):

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 from numba.core import config
-from numba.cuda.simulator import kernelapi
+from numba.cuda.simulator import kernel, kernelapi
 from numpy.lib.stride_tricks import as_strided
 
 from fastsoftmax.cuda import _arrays, _instructions, _launch
@@ -153,6 +153,82 @@ _instructions.load_stored, _instructions.store_stored = load_stored, store_store
 _instructions.copy_vector, _instructions.commit_copies = copy_vector, commit_copies
 _instructions.await_copies = await_copies
 kernelapi.FakeCUDAShared.array = shared_array  # its own knows no alignment
+
+
+class Thread(kernel.BlockThread):
+    """A thread of a block, which runs alone, up to where it waits for the others.
+
+    Numba's own threads all run at once and are polled, which takes five times as long.
+    """
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.turn = threading.Semaphore(0)
+
+    def run(self):
+        self.turn.acquire()
+        if self._manager.error is None:
+            super().run()
+        self._manager.error = self._manager.error or self.exception
+        self._manager.go_on()
+
+    def syncthreads(self):
+        self._manager.arrived.append(self)
+        self._manager.go_on()
+        self.turn.acquire()
+        if self._manager.error:
+            raise RuntimeError("another thread of the block has failed")
+
+
+class Block(kernel.BlockManager):
+    """Runs threads one after the other up to a barrier, and from there to the next in the opposite order, and every
+    second block the other way round: so a missing barrier shows, whichever thread would have to wait for which."""
+
+    def run(self, grid_point, *arguments):
+        def target():
+            self._f(*arguments)
+
+        threads = [Thread(target, self, grid_point, place, False) for place in np.ndindex(*self._block_dim)]
+        self.ready, self.error = [], None
+        self.arrived = threads[:: (-1) ** sum(grid_point)]
+        for thread in threads:
+            thread.start()
+        self.go_on()
+        for thread in threads:
+            thread.join()
+        if self.error:
+            error, traceback = self.error
+            raise error.with_traceback(traceback)
+
+    def go_on(self):
+        if not self.ready:
+            self.ready, self.arrived = self.arrived, []
+        if self.ready:
+            self.ready.pop().turn.release()
+
+
+kernel.BlockManager = Block
+
+
+def call(self, *arguments, launch=kernel.FakeCUDAKernel.__call__):
+    """Launch a kernel, or call one of its functions, whose modules find the kernel's `cuda` until it is done.
+
+    Numba's own takes locks and looks through all globals in each call, which takes longer than most functions.
+    """
+    if kernel._kernel_context:
+        if self.fn.__globals__.get("cuda") is cuda:
+            self.fn.__globals__["cuda"] = kernel._kernel_context
+            in_kernel.append(self.fn.__globals__)
+        return self.fn(*arguments)
+    try:
+        return launch(self, *arguments)
+    finally:
+        while in_kernel:
+            in_kernel.pop()["cuda"] = cuda
+
+
+in_kernel = []
+kernel.FakeCUDAKernel.__call__ = call
 
 
 streams = []  # of all launches
