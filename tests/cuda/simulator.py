@@ -7,6 +7,7 @@ Import it, with ``NUMBA_ENABLE_CUDASIM=1`` in the environment, before the kernel
 import sys
 import threading
 from bisect import bisect_right
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 
 import ml_dtypes
@@ -74,9 +75,9 @@ class Pointer:
 def exchange(value, mask):
     thread = threading.current_thread()
     values = thread._manager.__dict__.setdefault("exchanged", {})
-    thread.syncthreads()
+    thread.syncwarp()
     values[thread.thread_id] = value
-    thread.syncthreads()
+    thread.syncwarp()
     return values[thread.thread_id ^ mask]
 
 
@@ -156,41 +157,50 @@ kernelapi.FakeCUDAShared.array = shared_array  # its own knows no alignment
 
 
 class Thread(kernel.BlockThread):
-    """A thread of a block, which runs alone, up to where it waits for the others.
+    """A thread of a block, which runs alone, up to where it waits for the others or for those of its warp.
 
     Numba's own threads all run at once and are polled, which takes five times as long.
     """
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        self.warp = self.thread_id // 32
         self.turn = threading.Semaphore(0)
 
     def run(self):
         self.turn.acquire()
         if self._manager.error is None:
             super().run()
-        self._manager.error = self._manager.error or self.exception
-        self._manager.go_on()
+        self._manager.leave(self)
 
-    def syncthreads(self):
-        self._manager.arrived.append(self)
-        self._manager.go_on()
+    def wait_for(self, group):
+        self._manager.arrive(self, group)
         self.turn.acquire()
         if self._manager.error:
             raise RuntimeError("another thread of the block has failed")
 
+    def syncthreads(self):
+        self.wait_for(BLOCK)
+
+    def syncwarp(self):
+        self.wait_for(self.warp)
+
+
+BLOCK = -1  # beside the numbers of warps
+
 
 class Block(kernel.BlockManager):
-    """Runs threads one after the other up to a barrier, and from there to the next in the opposite order, and every
-    second block the other way round: so a missing barrier shows, whichever thread would have to wait for which."""
+    """Runs the threads of a block one after the other, the last to arrive at a barrier first, and those of every second
+    block in the opposite order: so a missing barrier shows, whichever thread would have to wait for which."""
 
     def run(self, grid_point, *arguments):
         def target():
             self._f(*arguments)
 
         threads = [Thread(target, self, grid_point, place, False) for place in np.ndindex(*self._block_dim)]
-        self.ready, self.error = [], None
-        self.arrived = threads[:: (-1) ** sum(grid_point)]
+        self.running = Counter(group for thread in threads for group in (thread.warp, BLOCK))
+        self.arrived, self.error = defaultdict(list), None
+        self.ready = threads[:: (-1) ** sum(grid_point)]
         for thread in threads:
             thread.start()
         self.go_on()
@@ -200,9 +210,21 @@ class Block(kernel.BlockManager):
             error, traceback = self.error
             raise error.with_traceback(traceback)
 
+    def arrive(self, thread, group):
+        self.arrived[group].append(thread)
+        self.go_on()
+
+    def leave(self, thread):
+        self.error = self.error or thread.exception
+        self.running.subtract((thread.warp, BLOCK))
+        self.go_on()
+
     def go_on(self):
-        if not self.ready:
-            self.ready, self.arrived = self.arrived, []
+        """Let the next thread run; of the groups that are complete, or after an error, all may."""
+        for group in [
+            group for group, threads in self.arrived.items() if self.error or len(threads) == self.running[group]
+        ]:
+            self.ready += self.arrived.pop(group)
         if self.ready:
             self.ready.pop().turn.release()
 
