@@ -280,11 +280,11 @@ def _product_minus(a: Array, b: float, c: Array) -> Array:
     return result
 
 
-def _exp_parts(quotients: Array, residuals: Array) -> tuple[Array, Array]:
-    """Return e and r of which e * (1 + r) are the exponentials of quotients and residuals."""
+def _exp_parts(quotients: Array, residuals: Array, shift: int = 0) -> tuple[Array, Array]:
+    """Return e and r: e * (1 + r) are the exponentials of quotients and residuals, in float64 times 2**shift."""
     if quotients.dtype == np.float64:
-        p, low, shifted_k = _state.split(np.clip(quotients, -746.0, 746.0), _state.FLOAT64)
-        exponentials = np.ldexp(p, (shifted_k - _state.FLOAT64.rounder).astype(np.int32))
+        p, low, shifted_k = _state.split(np.clip(quotients, -1000.0, 1000.0), _state.FLOAT64)
+        exponentials = np.ldexp(p, (shifted_k - _state.FLOAT64.rounder).astype(np.int32) + shift)
         residuals = residuals + low / p
     else:
         exponentials = np.exp(quotients)
@@ -292,8 +292,8 @@ def _exp_parts(quotients: Array, residuals: Array) -> tuple[Array, Array]:
     return exponentials, np.where(exponentials.real > 0, residuals, 0)
 
 
-def _exp(quotients: Array, residuals: Array) -> Array:
-    exponentials, residuals = _exp_parts(quotients, residuals)
+def _exp(quotients: Array, residuals: Array, shift: int = 0) -> Array:
+    exponentials, residuals = _exp_parts(quotients, residuals, shift)
     terms: Array = exponentials + exponentials * residuals
     return terms
 
@@ -314,8 +314,10 @@ def _exp_difference(rows: Array, maximum: Array) -> Array:
 
 def _log_sum(rows: Array, maximum: Array, quotients: Array, residuals: Array) -> Array:
     """Return log(sum(exp(quotients))) in long double; 0 where the maximum is infinite, so that it alone decides."""
-    terms = _exp(quotients, residuals)
-    total = np.log(_sum(terms)) if np.iscomplexobj(rows) else np.log1p(_sum_of_others(terms, rows))
+    shift = 200 if rows.dtype == np.float64 else 0  # terms that are subnormal keep their digits until they are summed
+    terms = _exp(quotients, residuals, shift)
+    is_complex = np.iscomplexobj(rows)
+    total = np.log(_sum(terms)) if is_complex else np.log1p(np.ldexp(_sum_of_others(terms, rows), -shift))
     return np.where(np.isinf(maximum), 0.0, total)
 
 
