@@ -52,7 +52,7 @@ test-gpu: ## Run the tests of the CUDA backend on a card, then some under comput
 		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
 			$(PYTHON) -m pytest tests/cuda -q -k $(SANITIZED) || exit 1; done; fi
 
-kernels: $(READY) ## Compile every CUDA kernel for three architectures, of which `make test` compiles a third
+kernels: $(READY) ## Compile every CUDA kernel for three architectures, of which `make test` compiles a quarter
 	FASTSOFTMAX_EVERY_KERNEL=1 $(BIN)/python -m pytest -q tests/test_cuda.py
 
 test-large: $(READY) ## Test arrays of more than 2**31 elements, which takes minutes and 12 GiB of memory

@@ -2,7 +2,7 @@
 
 ``python -m tests.ptx float32`` prints what becomes of the kernels for this dtype on every architecture, as JSON. What
 Numba makes of a kernel is the same for all of them: it is compiled once, turned into PTX, and assembled for each. That
-takes ten minutes of a core for all dtypes, so that without ``--all`` it is a third of the kernels.
+takes ten minutes of a core for all dtypes, so that without ``--all`` it is a quarter of the kernels.
 """
 
 import gc
@@ -146,10 +146,9 @@ def assemble(text, architecture, directory):
 
 
 def chosen(dtype, of_all):
-    """Return pairs of a shape and a function: all, or a third that over the dtypes is all, with each in each dtype."""
-    pairs = product(enumerate(SHAPES), enumerate(FUNCTIONS))
-    third = list(FORMATS).index(dtype) % 3
-    return [(name, function) for (i, name), (j, function) in pairs if of_all or (i + j) % 3 == third]
+    """Return pairs of a shape and a function: all, or a quarter, so that each pair comes in one of the dtypes."""
+    pairs, part = product(enumerate(SHAPES), enumerate(FUNCTIONS)), list(FORMATS).index(dtype)
+    return [(name, function) for (i, name), (j, function) in pairs if of_all or (i + j) % len(FORMATS) == part]
 
 
 def report(dtype, of_all):
