@@ -94,7 +94,6 @@ LEAK_CALLS ?= 1000000
 leaks: $(READY) ## Watch memory over LEAK_CALLS small calls on every backend, and over large ones
 	FASTSOFTMAX_LEAK_CALLS=$(LEAK_CALLS) $(BIN)/python -m pytest -q tests/test_process.py -k memory
 
-mutants: export PATH := $(CURDIR)/$(BIN):$(PATH)
 mutants: $(READY) ## Break the kernels in known ways, one at a time, and see whether the tests notice
 	$(BIN)/python -m tests.mutants $(MUTANTS)
 

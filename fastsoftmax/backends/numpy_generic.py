@@ -143,7 +143,7 @@ def _rows(array: Array, layout: Layout, strides: list[int]) -> Array:
 
 
 def _in_blocks(function_of: Callable[..., Array], rows: Array, *arguments: float) -> Array:
-    """Compute some rows after the other, of one last axis; return them one below the other."""
+    """Call a function of rows on some of them after the other; return its results one below the other."""
     rows = rows.reshape(-1, rows.shape[-1])
     size = max(1, BLOCK // rows.shape[-1])
     return np.concatenate([function_of(rows[i : i + size], *arguments) for i in range(0, len(rows), size)])

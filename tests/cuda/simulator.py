@@ -156,6 +156,9 @@ _instructions.await_copies = await_copies
 kernelapi.FakeCUDAShared.array = shared_array  # its own knows no alignment
 
 
+BLOCK = -1  # as a group of threads, beside the numbers of warps
+
+
 class Thread(kernel.BlockThread):
     """A thread of a block, which runs alone, up to where it waits for the others or for those of its warp.
 
@@ -184,9 +187,6 @@ class Thread(kernel.BlockThread):
 
     def syncwarp(self):
         self.wait_for(self.warp)
-
-
-BLOCK = -1  # beside the numbers of warps
 
 
 class Block(kernel.BlockManager):
@@ -232,6 +232,9 @@ class Block(kernel.BlockManager):
 kernel.BlockManager = Block
 
 
+in_kernel = []  # the globals of modules that have the kernel's `cuda`
+
+
 def call(self, *arguments, launch=kernel.FakeCUDAKernel.__call__):
     """Launch a kernel, or call one of its functions, whose modules find the kernel's `cuda` until it is done.
 
@@ -249,7 +252,6 @@ def call(self, *arguments, launch=kernel.FakeCUDAKernel.__call__):
             in_kernel.pop()["cuda"] = cuda
 
 
-in_kernel = []
 kernel.FakeCUDAKernel.__call__ = call
 
 
