@@ -75,7 +75,7 @@ cdef inline void put_sum(vec* highs, vec* lows, int row, State state) noexcept n
 
 
 cdef inline bint has_infinite_lane(vec v) noexcept nogil:
-    return lane(largest_lane(maximum(v, splat(0.0, &v) - v)), 0) == INFINITY
+    return any_greater(maximum(v, splat(0.0, &v) - v), splat(by_type(FLT_MAX, DBL_MAX, &v), &v))
 
 
 cdef inline void normalize_rows(

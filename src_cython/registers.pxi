@@ -7,7 +7,7 @@ arithmetic on whole registers. A row is a sequence of registers and, at its end,
 cdef extern from "simd.h" nogil:
     ctypedef float f32v
     ctypedef double f64v
-    const int REGISTER_BYTES
+    const int REGISTER_BYTES, BLOCK_BYTES
     const bint HAS_FMA
     enum:
         GROUP
@@ -37,6 +37,8 @@ cdef extern from "simd.h" nogil:
     const f64v f64v_powers, f64v_powers_error
     f32v f32v_pick(f32v table, f32v v)
     f64v f64v_pick(f64v table, f64v v)
+    f32v f32v_about_reciprocal(f32v v)
+    f64v f64v_about_reciprocal(f64v v)
     bint f32v_any_greater(f32v a, f32v b)
     bint f64v_any_greater(f64v a, f64v b)
     f32v f32v_raise(f32v v, f32v magic, int dropped)
@@ -57,8 +59,8 @@ cdef extern from "simd.h" nogil:
     void f64v_turn_blocks(f64v* rows)
     f32v f32v_load_blocks(const char* p, Py_ssize_t step)
     f64v f64v_load_blocks(const char* p, Py_ssize_t step)
-    void f32v_store_blocks(char* p, Py_ssize_t step, f32v v)
-    void f64v_store_blocks(char* p, Py_ssize_t step, f64v v)
+    void f32v_store_blocks(char* p, Py_ssize_t step, const f32v* rows)
+    void f64v_store_blocks(char* p, Py_ssize_t step, const f64v* rows)
     void f32v_transpose(f32v* rows)
     void f64v_transpose(f64v* rows)
     float f32v_lane(f32v v, int lane)
@@ -201,6 +203,14 @@ cdef inline vec fused(vec a, vec b, vec c) noexcept nogil:
         return f64v_fused(a, b, c)
 
 
+cdef inline vec about_reciprocal(vec v) noexcept nogil:
+    """1 / v to 14 bits at least."""
+    if vec is f32v:
+        return f32v_about_reciprocal(v)
+    else:
+        return f64v_about_reciprocal(v)
+
+
 cdef inline bint any_greater(vec a, vec b) noexcept nogil:
     """Whether a > b in any lane."""
     if vec is f32v:
@@ -292,8 +302,8 @@ cdef inline void transpose(vec* rows) noexcept nogil:
 
 
 cdef inline int block_length(const vec* like) noexcept nogil:
-    """Elements in a block of 16 bytes."""
-    return 16 // itemsize(like)
+    """Elements in a block."""
+    return BLOCK_BYTES // itemsize(like)
 
 
 cdef inline void turn_blocks(vec* rows) noexcept nogil:
@@ -312,11 +322,12 @@ cdef inline vec load_blocks(const char* p, Py_ssize_t step, const vec* like) noe
         return f64v_load_blocks(p, step)
 
 
-cdef inline void store_blocks(char* p, Py_ssize_t step, vec v) noexcept nogil:
+cdef inline void store_blocks(char* p, Py_ssize_t step, const vec* rows) noexcept nogil:
+    """Store as many registers as a block has elements: their first blocks, `step` bytes apart, then their second ones."""
     if vec is f32v:
-        f32v_store_blocks(p, step, v)
+        f32v_store_blocks(p, step, rows)
     else:
-        f64v_store_blocks(p, step, v)
+        f64v_store_blocks(p, step, rows)
 
 
 cdef inline double lane(vec v, int index) noexcept nogil:

@@ -270,7 +270,9 @@ static const u64v f64v_lanes = {0, 1,
 DEFINE_PERMUTATIONS(f32v, float)
 DEFINE_PERMUTATIONS(f64v, double)
 
-/* As many blocks of 16 bytes as a register has, `step` bytes apart in memory. */
+/* As many blocks of 16 bytes as a register has, `step` bytes apart in memory. The first blocks of as many registers as one
+ * has elements, `step` bytes apart, then the second, and so on. */
+#define BLOCK_BYTES 16
 typedef float block __attribute__((vector_size(16)));
 typedef float block_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 #if REGISTER_BYTES == 64
@@ -281,30 +283,36 @@ static inline f32v f32v_load_blocks(const char *p, long step)
     v = _mm512_insertf32x4(v, *(const block_unaligned *)(p + 2 * step), 2);
     return (f32v)_mm512_insertf32x4(v, *(const block_unaligned *)(p + 3 * step), 3);
 }
-static inline void f32v_store_blocks(char *p, long step, f32v v)
-{
-    *(block_unaligned *)p = _mm512_castps512_ps128((__m512)v);
-    *(block_unaligned *)(p + step) = _mm512_extractf32x4_ps((__m512)v, 1);
-    *(block_unaligned *)(p + 2 * step) = _mm512_extractf32x4_ps((__m512)v, 2);
-    *(block_unaligned *)(p + 3 * step) = _mm512_extractf32x4_ps((__m512)v, 3);
-}
 #elif REGISTER_BYTES == 32
 static inline f32v f32v_load_blocks(const char *p, long step)
 {
     __m256 v = _mm256_castps128_ps256(*(const block_unaligned *)p);
     return (f32v)_mm256_insertf128_ps(v, *(const block_unaligned *)(p + step), 1);
 }
-static inline void f32v_store_blocks(char *p, long step, f32v v)
-{
-    *(block_unaligned *)p = _mm256_castps256_ps128((__m256)v);
-    *(block_unaligned *)(p + step) = _mm256_extractf128_ps((__m256)v, 1);
-}
 #else
 static inline f32v f32v_load_blocks(const char *p, long step) { return (f32v)*(const block_unaligned *)p; }
-static inline void f32v_store_blocks(char *p, long step, f32v v) { *(block_unaligned *)p = (block)v; }
 #endif
 static inline f64v f64v_load_blocks(const char *p, long step) { return (f64v)f32v_load_blocks(p, step); }
-static inline void f64v_store_blocks(char *p, long step, f64v v) { f32v_store_blocks(p, step, (f32v)v); }
+#if REGISTER_BYTES == 64
+#define PART_OF_REGISTER(v, block) _mm512_extractf32x4_ps((__m512)(v), block)
+#elif REGISTER_BYTES == 32
+#define PART_OF_REGISTER(v, block) _mm256_extractf128_ps((__m256)(v), block)
+#else
+#define PART_OF_REGISTER(v, block) (v)
+#endif
+#define STORE_BLOCKS(n, index)                                                                                         \
+    if (REGISTER_BYTES > index * BLOCK_BYTES)                                                                          \
+        for (int i = 0; i < n; i++)                                                                                    \
+            *(block_unaligned *)(p + (index * n + i) * step) = (block)PART_OF_REGISTER(v[i], index % N_BLOCKS);
+#define N_BLOCKS (REGISTER_BYTES / BLOCK_BYTES)
+static inline void f32v_store_blocks(char *p, long step, const f32v *v)
+{
+    STORE_BLOCKS(4, 0) STORE_BLOCKS(4, 1) STORE_BLOCKS(4, 2) STORE_BLOCKS(4, 3)
+}
+static inline void f64v_store_blocks(char *p, long step, const f64v *v)
+{
+    STORE_BLOCKS(2, 0) STORE_BLOCKS(2, 1) STORE_BLOCKS(2, 2) STORE_BLOCKS(2, 3)
+}
 
 /* a * b + c with one rounding; only called where HAS_FMA. Left to the compiler, it may fuse the wrong one of two products. */
 #if REGISTER_BYTES == 64
@@ -326,6 +334,16 @@ static inline f64v f64v_fused(f64v a, f64v b, f64v c)
         c[lane] = __builtin_fma(a[lane], b[lane], c[lane]);
     return c;
 }
+#endif
+
+/* about_reciprocal: 1 / v to 14 bits at least. A division of a register takes some AVX-512 processors 16 cycles, and what
+ * it waits for as much again. */
+#if REGISTER_BYTES == 64
+static inline f32v f32v_about_reciprocal(f32v v) { return (f32v)_mm512_rcp14_ps((__m512)v); }
+static inline f64v f64v_about_reciprocal(f64v v) { return (f64v)_mm512_rcp14_pd((__m512d)v); }
+#else
+static inline f32v f32v_about_reciprocal(f32v v) { return 1 / v; }
+static inline f64v f64v_about_reciprocal(f64v v) { return 1 / v; }
 #endif
 
 /* maximum and minimum return b where either operand is NaN, as the x86 instructions do. */

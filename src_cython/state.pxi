@@ -455,15 +455,17 @@ cdef inline void find_ties(vec largest, vec high, vec low, const vec* reference,
     scaled_exp(&largest, &top, &top_low, 1, reference, 0)
     bound = top * splat(by_type(0.9 * 2.0**-25, 0.9 * 2.0**-54, &top), &top)
     others = (high - top) + (low - top_low)
-    m = (high / top + rounder) - rounder
+    m = (high * about_reciprocal(top) + rounder) - rounder
     distance = minus_product(high, m, top) + minus_product(low, m, top_low)
     distance = maximum(distance, zero - distance)
     m = where_at_most(distance, high * splat(by_type(2.0**-32, 2.0**-88, &m), &m), m, splat(INFINITY, &m))
     m = where_at_most(others, bound, one, m)
-    finishers[SHARE] = one / m
     # Beyond 4096 the digits of the sum no longer rule out chance.
-    finishers[LIMIT] = where_at_most(
-        m, splat(4096.0, &m), finishers[SHARE] * splat(0.75, &m), splat(INFINITY, &m))
+    m = where_at_most(m, splat(4096.0, &m), m, splat(INFINITY, &m))
+    finishers[LIMIT], finishers[SHARE] = splat(INFINITY, &m), zero
+    if any_greater(finishers[LIMIT], m):
+        finishers[SHARE] = one / m
+        finishers[LIMIT] = where_at_most(m, splat(4096.0, &m), finishers[SHARE] * splat(0.75, &m), m)
 
 
 cdef inline void rest_over_top(

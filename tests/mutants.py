@@ -109,9 +109,24 @@ MUTANTS = (
     Mutant(
         "neighbour-in-a-tile",
         "src_cython/tiles.pxi",
-        "            store_blocks(rows + i * stride + first * itemsize(tile), length * stride, band[i])\n",
-        "            store_blocks(rows + (i ^ 1) * stride + first * itemsize(tile), length * stride, band[i])\n",
+        "            band[i] = load(tile + min(first + i, n - 1))\n        finish(",
+        "            band[i] = swap(load(tile + min(first + i, n - 1)), 1)\n        finish(",
         "The results of neighbouring rows of a tile change places.",
+    ),
+    Mutant(
+        "short-rows-rounded",
+        "src_cython/tiles.pxi",
+        "rests[j], heads[j] - highs[element * GROUP + j])\n",
+        "base - base, base - base)\n",
+        "What the terms of short rows have beyond a digit of the largest is dropped.",
+    ),
+    Mutant(
+        "behind-the-last-tile",
+        "src_cython/tiles.pxi",
+        "    return n_rows * n >= block_length(like) - n\n",
+        "    return True\n",
+        "Blocks of rows shorter than that are read and written beyond the end of the array.",
+        ("test_boundaries.py", "test_schedule.py"),
     ),
     Mutant(
         "lost-parts-dropped",

@@ -18,6 +18,7 @@ N_PAGES = 256
 # Around registers, groups of them, what a tile holds and a chunk; rows around those of a tile.
 SHAPES = [(1, n) for n in (1, 2, 3, 5, 7, 15, 17, 31, 33, 63, 65, 100, 127, 1001, 8191, 16_385)]
 SHAPES += [(rows, n) for rows in (2, 16, 17, 33) for n in (1, 2, 3, 4, 5, 9, 10, 33, 70, 130)] + [(3, 9001)]
+SHAPES += [(rows, n) for rows in (128, 145) for n in (1, 2, 3)]  # of whole groups of tiles, and a row more
 
 
 @pytest.fixture(scope="module")

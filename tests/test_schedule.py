@@ -256,6 +256,7 @@ def placed(shape, dtype, offset):
         ((2, 16_500), 1, "rows", True, "recompute"),
         ((2000, 10), 1, "tiles", True, "scratch"),
         ((777, 29), 1, "tiles", True, "scratch"),
+        ((6007, 3), 1, "tiles", True, "scratch"),
         ((4, 500), 1, "rows", False, "scratch"),
         ((2, 1500), 1, "rows", False, "recompute"),
         ((8, 4096), 0, "strips", True, "scratch"),
@@ -336,7 +337,7 @@ def test_16_bit_results_do_not_depend_on_the_schedule(backend, monkeypatch, dtyp
         np.testing.assert_array_equal(collected.copy().view(np.uint16), expected.view(np.uint16))
 
 
-@pytest.mark.parametrize("n_cols", [1, 2, 7, 16, 29, 32])
+@pytest.mark.parametrize("n_cols", [1, 2, 3, 4, 7, 16, 17, 29, 32])
 @pytest.mark.parametrize("kind", ["normal", "wide", "anything", "lowest first", "straddling an offset"])
 def test_a_tile_gives_each_row_the_bits_it_has_alone(backend, function, dtype, n_cols, kind):
     if not backend.has_kernels:
