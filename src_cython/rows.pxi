@@ -188,17 +188,18 @@ cdef inline void fold_elements(
             earlier, highs = earlier + highs, zero
         elif i % RUN == 0:
             earlier, lows = earlier + lows, zero
-    # Two registers alone take longer than a group.
-    if n > (i + 1) * width:
-        for j in range(GROUP):
+    # By half groups, of which less is empty: (500, 160) float32 take 42 us instead of 51. Two registers alone take longer.
+    while n > (i + 1) * width:
+        for j in range(GROUP // 2):
             logits[j] = load_first(x + i + j, count_within(i + j, n, x), fill)
-        for j in range(GROUP):
+        for j in range(GROUP // 2):
             prefetch_far(at(x, i * width + j * width + PREFETCHED_BYTES // itemsize(x)))
-        fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, arithmetic, reference, 0)
-        for j in range(GROUP):
+        fold_registers(logits, group, GROUP // 2, &tops, &highs, &lows, apart, arithmetic, reference, 0)
+        for j in range(GROUP // 2):
             if keep:
                 store_within(terms, i + j, n, group[j])
-    elif n > i * width:
+        i += GROUP // 2
+    if n > i * width:
         logits[0] = load_first(x + i, count_within(i, n, x), fill)
         prefetch_far(at(x, i * width + PREFETCHED_BYTES // itemsize(x)))
         fold_registers(logits, group, 1, &tops, &highs, &lows, apart, arithmetic, reference, 0)

@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "tail-dropped",
         "src_cython/rows.pxi",
-        "    elif n > i * width:\n        logits[0]",
-        "    elif n > i * width + 1:\n        logits[0]",
+        "    if n > i * width:\n        logits[0]",
+        "    if n > i * width + 1:\n        logits[0]",
         "The last element of a row is not summed where it is alone behind whole registers.",
     ),
     Mutant(

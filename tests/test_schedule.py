@@ -109,11 +109,13 @@ def stepped_rows(n_rows, n_cols, itemsize=4):
         ("softmax", contiguous_rows(40, 1000), False, Schedule("rows", "output")),
         ("log_softmax", contiguous_rows(40, 1000), False, Schedule("rows", "none")),
         ("logsumexp", contiguous_rows(40, 1000), False, Schedule("rows", "none")),
-        ("softmax", contiguous_rows(16, 104), False, Schedule("tiles", "scratch")),
-        ("softmax", contiguous_rows(15, 104), False, Schedule("rows", "output")),
-        ("softmax", contiguous_rows(16, 105), False, Schedule("rows", "output")),
-        ("softmax", contiguous_rows(16, 56, 8), False, Schedule("tiles", "scratch")),
-        ("softmax", contiguous_rows(16, 57, 8), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 56), False, Schedule("tiles", "scratch")),
+        ("softmax", contiguous_rows(15, 56), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 57), False, Schedule("rows", "output")),
+        ("softmax", contiguous_rows(16, 40, 8), False, Schedule("tiles", "scratch")),
+        ("softmax", contiguous_rows(16, 41, 8), False, Schedule("rows", "output")),
+        ("logsumexp", contiguous_rows(16, 104), False, Schedule("tiles", "none")),
+        ("logsumexp", contiguous_rows(16, 105), False, Schedule("rows", "none")),
         ("softmax", contiguous_rows(1_000_000, 10), True, Schedule("tiles", "scratch", True, 8, 32)),
         ("softmax", padded_rows(1_000_000, 10), False, Schedule("tiles", "scratch", False, 8, 32)),
         ("logsumexp", contiguous_rows(1_000_000, 10), False, Schedule("tiles", "none", False, 8, 32)),
@@ -200,7 +202,7 @@ def test_compiled_schedules_of_banded_functions(monkeypatch, function, layout, n
 
 def test_how_long_rows_in_tiles_are_depends_on_the_tier(monkeypatch):
     compiled = pytest.importorskip("fastsoftmax.backends.compiled", exc_type=ImportError)
-    for tier, n_cols in (("x86_64_v4", 104), ("x86_64_v3", 60), ("x86_64_v2", 80), ("portable", 80)):
+    for tier, n_cols in (("x86_64_v4", 56), ("x86_64_v3", 60), ("x86_64_v2", 80), ("portable", 80)):
         monkeypatch.setattr(compiled, "_tier", tier)
         for n, traversal in ((n_cols, "tiles"), (n_cols + 1, "rows")):
             with caches_of(1 << 20, 32 << 20):
