@@ -270,8 +270,8 @@ static const u64v f64v_lanes = {0, 1,
 DEFINE_PERMUTATIONS(f32v, float)
 DEFINE_PERMUTATIONS(f64v, double)
 
-/* As many blocks of 16 bytes as a register has, `step` bytes apart in memory. The first blocks of as many registers as one
- * has elements, `step` bytes apart, then the second, and so on. */
+/* Blocks of 16 bytes, `step` bytes apart in memory. load_blocks: as many as a register has. store_blocks: of as many
+ * registers as a block has elements, the first block of each, then the second of each, and so on. */
 #define BLOCK_BYTES 16
 typedef float block __attribute__((vector_size(16)));
 typedef float block_unaligned __attribute__((vector_size(16), aligned(4), may_alias));

@@ -448,6 +448,8 @@ cdef inline void find_ties(vec largest, vec high, vec low, const vec* reference,
     Terms are rounded and their sum is not, so their quotient may be a neighbour of 1 / m. The row is such a one if its
     sum is that of m unrounded terms to far more digits than chance would have it. An element that is alone (m = 1) needs
     less: that the others are below a quarter of an ULP together.
+
+    m is tested, so an estimate of the quotient is enough to find it; the share of each is worked out where there is one.
     """
     cdef vec zero = splat(0.0, &largest), one = splat(1.0, &largest)
     cdef vec rounder = splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &largest), &largest)
