@@ -1,4 +1,4 @@
-"""float16 and bfloat16: computed in float32, rounded once, read and written as they are by the compiled kernels."""
+"""float16 and bfloat16: computed in float32 or wider, rounded once, read and written as they are."""
 
 import tracemalloc
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fastsoftmax
+from fastsoftmax import OnlineSoftmax
 
 from .reference import exact, max_ulp_error
 
@@ -96,6 +97,47 @@ def test_the_compiled_kernels_convert_on_the_way(dtype, function, axis):
     tracemalloc.stop()
     assert plans[0].schedule.traversal == ("rows" if axis == 1 else "strips")
     assert peak < x.nbytes / 20
+
+
+# Each is called with logits, a gradient in their shape, labels and an array for its result.
+CALLS = {
+    "softmax": lambda x, g, labels, out, axis: fastsoftmax.softmax(x, axis, out=out),
+    "log_softmax": lambda x, g, labels, out, axis: fastsoftmax.log_softmax(x, axis, out=out),
+    "logsumexp": lambda x, g, labels, out, axis: fastsoftmax.logsumexp(x, axis),
+    "softmax_one": lambda x, g, labels, out, axis: fastsoftmax.softmax_one(x, axis, out=out),
+    "softmax_vjp": lambda x, g, labels, out, axis: fastsoftmax.softmax_vjp(x, g, axis, out=out),
+    "log_softmax_vjp": lambda x, g, labels, out, axis: fastsoftmax.log_softmax_vjp(x, g, axis, out=out),
+    "logsumexp_vjp": lambda x, g, labels, out, axis: fastsoftmax.logsumexp_vjp(x, g.max(axis), axis, out=out),
+    "softmax_cross_entropy": lambda x, g, labels, out, axis: fastsoftmax.softmax_cross_entropy(
+        x, labels, axis=axis, label_smoothing=0.1, softcap=20.0, return_grad=True, grad_out=out
+    ),
+    "dense cross-entropy": lambda x, g, labels, out, axis: fastsoftmax.softmax_cross_entropy(
+        x, g, axis=axis, return_grad=True, grad_out=out
+    ),
+    "softmax_topk": lambda x, g, labels, out, axis: fastsoftmax.softmax_topk(x, 3, axis),
+    "sample": lambda x, g, labels, out, axis: fastsoftmax.sample(x, axis=axis, top_k=50, top_p=0.9),
+    "OnlineSoftmax": lambda x, g, labels, out, axis: OnlineSoftmax(axis).update(x).normalize(x, out=out),
+}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["cython", "numba"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_no_array_is_converted(dtype, rng, monkeypatch, call, name, axis):
+    """Elements are, on their way."""
+    if name not in fastsoftmax.available_backends():
+        pytest.skip(f"backend {name!r} is not available")
+    monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "1")
+    x = (rng.normal(size=(1000, 3000)) * 3).astype(dtype)
+    g, out = np.abs(x), np.empty_like(x)
+    labels = rng.integers(0, x.shape[axis], x.shape[1 - axis])
+    with fastsoftmax.use_backend(name):
+        call(x, g, labels, out, axis)
+        tracemalloc.start()
+        call(x, g, labels, out, axis)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < x.nbytes / 4
 
 
 @pytest.mark.parametrize("n_threads", ["2", "3"])

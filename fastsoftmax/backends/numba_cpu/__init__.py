@@ -2,10 +2,10 @@
 
 It computes as the compiled kernels do: see docs/method.md. Its parts: `registers` lets Numba compute with vectors,
 `terms` has the exponentials, `rows` and `tiles` the traversals, `converted` rows of other types than are computed in,
-`streaming` the states that outlive a call. The others are loops over scalars, computed in float64 with the functions of
-`scalars`: `weighted` for sums with factors, `adjusted` for rows with a mask or a temperature, `derivatives` for
-vector-Jacobian products, `cross_entropy`, and `selection` for the largest and for random draws. The states of parts of
-a row merge by the functions of `fastsoftmax._state`.
+`stored` their elements, `streaming` the states that outlive a call. The others are loops over scalars, computed in
+float64 with the functions of `scalars`: `weighted` for sums with factors, `adjusted` for rows with a mask or a
+temperature, `derivatives` for vector-Jacobian products, `cross_entropy`, `selection` for the largest, and `sampling`.
+The states of parts of a row merge by the functions of `fastsoftmax._state`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
 from fastsoftmax._state import inverse_in_parts, scaled_temperature
 
-from . import adjusted, converted, cross_entropy, derivatives, rows, selection, streaming, tiles
+from . import adjusted, converted, cross_entropy, derivatives, rows, sampling, selection, stored, streaming, tiles
 from .weighted import BYTES_OF_WEIGHTED, run_weighted
 
-READS: frozenset[str] = frozenset()
-CONVERTS = frozenset(converted.STORAGES)
+READS = frozenset({"float16", "bfloat16"})
+CONVERTS = frozenset(stored.STORAGES)
 
 _FUNCTIONS = {"softmax": rows.SOFTMAX, "log_softmax": rows.LOG_SOFTMAX, "logsumexp": rows.LOGSUMEXP}
 _STREAMING_FUNCTIONS = {
@@ -59,8 +59,9 @@ _EXPONENTIALS = {
 }
 
 _NOTHING = np.empty(0, np.uint8)
-# They tell kernels the dtype: Numba's dispatcher knows the type of an array in a fifth of the time of a scalar's.
-_LIKE = {4: np.empty(0, np.float32), 8: np.empty(0, np.float64)}
+# They tell kernels the dtype that elements of so many bytes are computed in: Numba's dispatcher knows the type of an
+# array in a fifth of the time of a scalar's.
+_LIKE: dict[int, Array] = {2: np.empty(0, np.float32), 4: np.empty(0, np.float32), 8: np.empty(0, np.float64)}
 
 # Each thread gets at least this many elements: handing a block to a thread of Python's pool and waiting for it costs
 # 20-100 us, in which one core finishes up to 500,000 float32 elements.
@@ -113,19 +114,21 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     """Choose the traversal from the strides, and from the sizes where the exponentials wait for their sum."""
     if function == "logsumexp_vjp":  # a softmax, whose rows are then multiplied
         return replace(_make_plan("softmax", layout, in_place, max_threads), function=function)
-    n_bytes = layout.size * layout.itemsize
-    row_bytes = layout.n_cols * layout.itemsize
+    if layout.itemsize == 2 and function in _FUNCTIONS:
+        return _make_adjusted_plan(function, layout, 4, True, max_threads)
+    itemsize = max(4, layout.itemsize)  # 16 bits are computed in 32
+    n_bytes, row_bytes = layout.size * itemsize, layout.n_cols * itemsize
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
     # Input and output together leave the last cache: what is written will not be read from there.
     streaming = function in ("softmax", "log_softmax") and 2 * n_bytes > cache_sizes().last_level
-    short = layout.n_cols <= MAX_TILE_COLS[layout.itemsize] and layout.n_rows >= MIN_TILE_ROWS
+    short = layout.n_cols <= MAX_TILE_COLS[itemsize] and layout.n_rows >= MIN_TILE_ROWS
     traversal: Traversal = "gather"
     n_units = layout.n_rows
     if function in VJPS:
         if layout.has_adjacent_rows and layout.kept[-1].b_stride == layout.itemsize:
-            traversal, n_units = "strips", _count_strips(layout, layout.itemsize)
+            traversal, n_units = "strips", _count_strips(layout, itemsize)
     elif function in BANDED or function == "softmax_one":
-        traversal = "rows" if layout.has_contiguous_rows else "gather"
+        traversal = "rows" if layout.has_contiguous_rows and layout.itemsize > 2 else "gather"
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
@@ -137,7 +140,7 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
             traversal, n_units = "split", n_chunks
     elif layout.has_adjacent_rows:
         traversal = "strips"
-        n_units = _count_strips(layout, layout.itemsize)
+        n_units = _count_strips(layout, itemsize)
     else:
         streaming = False
     exponentials: Exponentials = "none"
@@ -189,7 +192,9 @@ def _prepare(plan: Plan, layout: Layout) -> _Call:
 
 
 def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
-    if factors is not None and plan.function in VJPS:
+    if layout.itemsize == 2 and (plan.function in _FUNCTIONS or plan.function == "logsumexp_vjp"):
+        _run_converted(plan, layout, x, out, np.dtype(np.float32), None if factors is None else factors.b)
+    elif factors is not None and plan.function in VJPS:
         _run_vjp(plan, layout, x, factors.b, out)
     elif plan.function == "softmax_one":
         run_states(plan, layout, x, out, None)
@@ -251,20 +256,20 @@ def _run_weighted(schedule: Schedule, layout: Layout, x: Array, out: Array, fact
 
 
 def _run_vjp(plan: Plan, layout: Layout, x: Array, g: Array, out: Array) -> None:
-    schedule, like = plan.schedule, _LIKE[layout.itemsize]
+    schedule, itemsize = plan.schedule, max(4, layout.itemsize)
     _memory, sizes = _prepare_with_factors(layout)
     columns, n_units = 1, layout.n_rows
     if schedule.traversal == "strips":
-        columns, n_units = tiles.STRIP_BYTES // layout.itemsize, _count_strips(layout, layout.itemsize)
+        columns, n_units = tiles.STRIP_BYTES // itemsize, _count_strips(layout, itemsize)
     addresses = tuple(map(_address, (x, g, out)))
 
     def run_units(first: int, end: int) -> None:
         _memory, scratch = _scratch(derivatives.BYTES_OF_VJP)
         of_softmax = plan.function == "softmax_vjp"
-        derivatives.run_vjp(like, of_softmax, columns, *addresses, *sizes, first, end, scratch)
+        derivatives.run_vjp(_storage(x), of_softmax, columns, *addresses, *sizes, first, end, scratch)
 
     def scale_units(first: int, end: int) -> None:
-        derivatives.scale_rows(like, columns, *addresses[1:], *sizes, first, end)
+        derivatives.scale_rows(_LIKE[itemsize], columns, *addresses[1:], *sizes, first, end)
 
     if plan.function == "logsumexp_vjp":
         run(replace(plan, function="softmax"), layout, x, out, None)
@@ -272,31 +277,41 @@ def _run_vjp(plan: Plan, layout: Layout, x: Array, g: Array, out: Array) -> None
 
 
 def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None:
+    if _is_only_converted(adjustment):
+        _run_converted(plan, layout, x, out, adjustment.dtype)
+        return
     columns, n_units, itemsize = 1, layout.n_rows, adjustment.dtype.itemsize
     if plan.schedule.traversal == "strips":
         columns, n_units = tiles.STRIP_BYTES // itemsize, _count_strips(layout, itemsize)
-    dimensions = layout.kept + layout.reduced
-    of_mask = tuple(d._replace(x_stride=d.b_stride) for d in dimensions)
-    tables = np.concatenate([_tables(dimensions, layout.itemsize, layout.y_itemsize), _tables(of_mask, 1)])
-    sizes = tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols
-    storages = tuple(converted.STORAGES.index(array.dtype.name) for array in (x, out))
-    addresses = _address(x), _address(out)
+    _memory, sizes = _prepare_with_factors(layout, 1)
+    storages, addresses = (_storage(x), _storage(out)), (_address(x), _address(out))
     like, function = _LIKE[itemsize], _FUNCTIONS[plan.function]
     t, shrink, grow = scaled_temperature(adjustment.temperature)
     divisor = shrink, grow, *inverse_in_parts(t)
+    mask, temperature = _address(adjustment.mask), adjustment.temperature
 
     def run_units(first: int, end: int) -> None:
-        if _is_only_converted(adjustment):
-            _memory, scratch = _scratch(converted.bytes_of_converted(layout.n_cols, itemsize))
-            converted.run_converted(like, function, storages, addresses, *sizes, first, end, scratch)
-            return
         _memory, scratch = _scratch(adjusted.BYTES_OF_ADJUSTED)
-        mask, temperature = _address(adjustment.mask), adjustment.temperature
         adjusted.run_adjusted(
             like, function, columns, storages, addresses, mask, *sizes, temperature, divisor, first, end, scratch
         )
 
     _in_blocks(run_units, n_units, plan.schedule)
+
+
+def _run_converted(
+    plan: Plan, layout: Layout, x: Array, out: Array, dtype: np.dtype[Any], factors: Array | None = None
+) -> None:
+    """Run rows that are computed in a dtype; multiply the probabilities of each by its factor, if there are any."""
+    _memory, sizes = _prepare_with_factors(layout)
+    like, function = _LIKE[dtype.itemsize], _FUNCTIONS["softmax" if factors is not None else plan.function]
+    storages, addresses = (_storage(x), _storage(out)), (_address(x), _address(out))
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(converted.bytes_of_converted(layout.n_cols, dtype.itemsize))
+        converted.run_converted(like, function, storages, addresses, _address(factors), *sizes, first, end, scratch)
+
+    _in_blocks(run_units, layout.n_rows, plan.schedule)
 
 
 def run_cross_entropy(
@@ -306,68 +321,66 @@ def run_cross_entropy(
     spread = None if terms.spread is None else terms.spread.astype(np.float64)
     addresses = map(_address, (x, gradient, losses, terms.probabilities, terms.labels, terms.weights, spread))
     numbers = (terms.smoothing, terms.scale, terms.z_scale, terms.softcap)
-    arguments = (_LIKE[layout.itemsize], *addresses, *sizes, *numbers)
+    arguments = (_storage(x), *addresses, *sizes, *numbers)
 
     def run_units(first: int, end: int) -> None:
-        _memory, scratch = _scratch(cross_entropy.bytes_of_cross_entropy(layout.n_cols))
+        _memory, scratch = _scratch(cross_entropy.BYTES_OF_CROSS_ENTROPY)
         cross_entropy.run_cross_entropy(*arguments, first, end, scratch)
 
     _in_blocks(run_units, layout.n_rows, plan.schedule)
 
 
 def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array | None) -> None:
-    n, tables = layout.n_cols, _tables(layout.kept + layout.reduced, layout.itemsize)
+    n, like = layout.n_cols, _LIKE[layout.itemsize]
+    tables = _tables(layout.kept + layout.reduced, layout.itemsize)
     n_reduced = len(layout.reduced) if plan.schedule.traversal == "gather" else 0
-    function = _STREAMING_FUNCTIONS[plan.function]
+    leading = like, _STREAMING_FUNCTIONS[plan.function], _storage(x)
     addresses = tuple(map(_address, (x, out, states, tables)))
 
     def run_units(first: int, end: int) -> None:
-        _memory, scratch = _scratch(streaming.bytes_of_streaming(n, layout.itemsize))
-        sizes = (len(layout.kept), n_reduced, n)
-        streaming.run_streaming(_LIKE[layout.itemsize], function, *addresses, *sizes, first, end, scratch)
+        _memory, scratch = _scratch(streaming.bytes_of_streaming(n, like.itemsize))
+        streaming.run_streaming(*leading, *addresses, len(layout.kept), n_reduced, n, first, end, scratch)
 
     _in_blocks(run_units, layout.n_rows, plan.schedule)
 
 
 def run_topk(plan: Plan, layout: Layout, x: Array, values: Array, indices: Array) -> None:
     """Fold rows, select from them while they are in the cache, and normalize what was selected."""
-    n, k, itemsize, like = layout.n_cols, values.shape[1], layout.itemsize, _LIKE[layout.itemsize]
-    states, tables = _state.identities(layout.n_rows), _tables(layout.kept + layout.reduced, itemsize)
+    n, k, itemsize, like = layout.n_cols, values.shape[1], values.itemsize, _LIKE[values.itemsize]
+    states, tables = _state.identities(layout.n_rows), _tables(layout.kept + layout.reduced, layout.itemsize)
     selected = Dimension(layout.n_rows, k * itemsize, k * itemsize), Dimension(k, itemsize, itemsize)
     tables_of_selected = _tables(selected, itemsize)
     of_x, of_values, of_indices, of_states, of_tables, of_selected = map(
         _address, (x, values, indices, states, tables, tables_of_selected)
     )
-    n_reduced = len(layout.reduced) if plan.schedule.traversal == "gather" else 0
-    n_bytes = streaming.bytes_of_streaming(n, itemsize) + selection.bytes_of_selection(n, k)
+    storages, n_kept, n_reduced = (_storage(x), _storage(values)), len(layout.kept), len(layout.reduced)
+    n_folded = n_reduced if plan.schedule.traversal == "gather" else 0
+    n_bytes = max(streaming.bytes_of_streaming(n, itemsize), selection.bytes_of_selection(k))
 
     def run_units(first: int, end: int) -> None:
         _memory, scratch = _scratch(n_bytes)
         together = max(1, rows.BATCH_BYTES // (n * itemsize))
         for row in range(first, end, together):
             few = (row, min(row + together, end), scratch)
-            streaming.run_streaming(
-                like, streaming.FOLD_STATES, of_x, 0, of_states, of_tables, len(layout.kept), n_reduced, n, *few
-            )
-            selection.run_selection(
-                like, of_x, of_values, of_indices, k, of_tables, len(layout.kept), len(layout.reduced), n, *few
-            )
-            streaming.run_streaming(
-                like, streaming.NORMALIZE, of_values, of_values, of_states, of_selected, 1, 0, k, *few
-            )
+            of_rows = (of_states, of_tables, n_kept, n_folded, n)
+            streaming.run_streaming(like, streaming.FOLD_STATES, storages[0], of_x, 0, *of_rows, *few)
+            selection.run_selection(storages, of_x, of_values, of_indices, k, of_tables, n_kept, n_reduced, n, *few)
+            of_best = (of_values, of_values, of_states, of_selected, 1, 0, k)
+            streaming.run_streaming(like, streaming.NORMALIZE, storages[1], *of_best, *few)
 
     _in_blocks(run_units, layout.n_rows, plan.schedule)
 
 
 def run_sampling(plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation) -> None:
     n, tables = layout.n_cols, _tables(layout.kept + layout.reduced, layout.itemsize)
+    n_selected = terms.top_k or (n if terms.top_p < 1 else 0)
     addresses = tuple(map(_address, (x, uniforms, draws)))
-    numbers = (uniforms.shape[1], terms.temperature, terms.top_k or 0, terms.top_p)
-    sizes = (_address(tables), len(layout.kept), len(layout.reduced), n)
+    numbers = (uniforms.shape[1], terms.temperature, terms.top_k or 0, terms.top_p, n_selected)
+    arguments = (_storage(x), *addresses, *numbers, _address(tables), len(layout.kept), len(layout.reduced), n)
 
     def run_units(first: int, end: int) -> None:
-        _memory, scratch = _scratch(selection.bytes_of_sampling(n))
-        selection.run_sampling(_LIKE[layout.itemsize], *addresses, *numbers, *sizes, first, end, scratch)
+        _memory, scratch = _scratch(sampling.bytes_of_sampling(n, n_selected))
+        sampling.run_sampling(*arguments, first, end, scratch)
 
     _in_blocks(run_units, layout.n_rows, plan.schedule)
 
@@ -386,10 +399,24 @@ def _address(array: Array | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-def _prepare_with_factors(layout: Layout) -> tuple[Array, tuple[int, ...]]:
-    """The tables of the input and of the factors, as an array to be kept alive, and what kernels take of them."""
-    of_factors = tuple(d._replace(x_stride=d.b_stride) for d in layout.kept + layout.reduced)
-    tables = _tables(layout.kept + layout.reduced + of_factors, layout.itemsize)
+def _storage(array: Array) -> int:
+    return _storage_of(array.dtype)
+
+
+@lru_cache(maxsize=64)
+def _storage_of(dtype: np.dtype[Any]) -> int:
+    return stored.STORAGES.index(dtype.name)
+
+
+def _prepare_with_factors(layout: Layout, b_itemsize: int | None = None) -> tuple[Array, tuple[int, ...]]:
+    """The tables of the input and of the factors, as an array to be kept alive, and what kernels take of them.
+
+    Factors are of the input's size, if not of another.
+    """
+    dimensions, itemsize = layout.kept + layout.reduced, layout.itemsize
+    of_factors = tuple(d._replace(x_stride=d.b_stride) for d in dimensions)
+    of_array = _tables(dimensions, itemsize, layout.y_itemsize)
+    tables = np.concatenate([of_array, _tables(of_factors, b_itemsize or itemsize)])
     return tables, (tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols)
 
 

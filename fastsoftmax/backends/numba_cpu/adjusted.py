@@ -14,12 +14,11 @@ import numpy as np
 from fastsoftmax import _state
 from fastsoftmax._state import FLOAT64
 
-from .converted import collect_stored, distribute_stored, read_run, write_run
-from .derivatives import _place_of
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, LOGSUMEXP, SIZE, SOFTMAX, X, Y, offset_of
 from .scalars import exp, power_of_two, total_of
+from .stored import collect_strip, distribute_strip, place_of_strip, write_one
 from .tiles import STRIP_BYTES
 
 CHUNK = 4096
@@ -28,24 +27,6 @@ CHUNK = 4096
 _LANES = 32
 _MAX_LANES = STRIP_BYTES // 4
 BYTES_OF_ADJUSTED = (CHUNK + 5 * _MAX_LANES) * 8
-
-
-@jit
-def _read(storage, address, at, reduced, n_reduced, columns, width, first, n, like, y):
-    if columns == 1:
-        collect_stored(storage, address, at, reduced, n_reduced, first, n, like, y, 0)
-        return
-    for i in range(n):
-        read_run(storage, address, at + (first + i) * reduced[X], 1, width, like, y, i * width)
-
-
-@jit
-def _write(x, like, storage, address, at, reduced, n_reduced, columns, width, first, n):
-    if columns == 1:
-        distribute_stored(x, 0, like, storage, address, at, reduced, n_reduced, first, n)
-        return
-    for i in range(n):
-        write_run(x, i * width, width, like, storage, address, at + (first + i) * reduced[Y], 1)
 
 
 @jit
@@ -180,7 +161,7 @@ def run_adjusted(
     mask_kept, mask_reduced = pointer_to(mask_tables, 0), pointer_to(mask_tables + n_kept * COLUMNS * 8, 0)
     masked = 0.0 if function == SOFTMAX else -math.inf
     while strip < end_strip:
-        run, column, width, n_outer = _place_of(strip, columns, kept, n_kept)
+        run, column, width, n_outer = place_of_strip(strip, columns, kept, n_kept)
         x_at, y_at = offset_of(run, kept, n_outer, X) + column, offset_of(run, kept, n_outer, Y) + column
         column_step = mask_kept[(n_kept - 1) * COLUMNS + X] if columns > 1 else 0
         mask_at = offset_of(run, mask_kept, n_outer, X) + column * column_step
@@ -194,7 +175,7 @@ def run_adjusted(
             for first in range(0, n, length):
                 size = min(length, n - first)
                 if step == 0 or n > length:  # else they are still there
-                    _read(
+                    collect_strip(
                         *(storages[0], addresses[0], x_at),
                         *(reduced, n_reduced, columns, width, first, size, like, values),
                     )
@@ -213,7 +194,7 @@ def run_adjusted(
                         _store_log_probabilities(values, size * width, lanes, maxima, divisor, sums, rests)
                     if mask_address:
                         _hide(values, mask, mask_at, mask_reduced, n_reduced, width, column_step, first, size, masked)
-                    _write(
+                    distribute_strip(
                         *(values, like, storages[1], addresses[1], y_at),
                         *(reduced, n_reduced, columns, width, first, size),
                     )
@@ -236,5 +217,5 @@ def run_adjusted(
                 largest = maxima[j] / temperature
                 whole, error = _state.two_sum(largest, sums[j])
                 values[0] = whole + (error + rests[j]) if abs(whole) < math.inf else largest + sums[j]
-                write_run(values, 0, 1, like, storages[1], addresses[1], y_at + j * y_step, 0)
+                write_one(values, like, storages[1], addresses[1], y_at + j * y_step)
         strip += 1

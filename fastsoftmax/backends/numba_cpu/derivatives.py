@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
-from .jit import inline, jit, jit_entry
+from .jit import jit, jit_entry
 from .registers import pointer_to
-from .rows import COLUMNS, SIZE, X, Y, collect, distribute, offset_of
+from .rows import COLUMNS, SIZE, X, Y, offset_of
 from .scalars import add_numbers, add_products, exp, total_of
+from .stored import collect_strip, distribute_strip, place_of_strip
 from .tiles import STRIP_BYTES
 
 CHUNK = 4096
@@ -42,55 +43,19 @@ def _store_log_softmax_vjp(log_p, g, n, lanes, sums, rests):
             log_p[first + j] = g[first + j] if p == 0.0 else value
 
 
-@inline
-def _place_of(strip, columns, kept, n_kept):
-    """The run of adjacent rows that a strip is in, its first column there, its width, and the dimensions of runs."""
-    if columns == 1:
-        return strip, 0, 1, n_kept
-    inner = kept[(n_kept - 1) * COLUMNS + SIZE]
-    per_run = (inner + columns - 1) // columns
-    column = strip % per_run * columns
-    return strip // per_run, column, min(columns, inner - column), n_kept - 1
-
-
-@jit
-def _read(x, at, reduced, n_reduced, columns, width, first, n, y):
-    if columns == 1:
-        collect(x, at, reduced, n_reduced, first, n, y, 0)
-        return
-    step = reduced[X]
-    for i in range(n):
-        for j in range(width):
-            y[i * width + j] = x[at + (first + i) * step + j]
-
-
-@jit
-def _write(x, y, at, reduced, n_reduced, columns, width, first, n):
-    if columns == 1:
-        distribute(x, 0, y, at, reduced, n_reduced, first, n)
-        return
-    step = reduced[Y]
-    for i in range(n):
-        for j in range(width):
-            y[at + (first + i) * step + j] = x[i * width + j]
-
-
 @jit_entry
-def run_vjp(
-    like, of_softmax, columns, x_address, g_address, y_address, tables, n_kept, n_reduced, n, strip, end_strip, scratch
-):
+def run_vjp(storage, of_softmax, columns, x, g, y, tables, n_kept, n_reduced, n, strip, end_strip, scratch):
     """Run strips of up to so many adjacent rows; if that is 1, rows of any strides.
 
-    The tables of the gradient follow those of the input.
+    All arrays are of one storage. The tables of the gradient follow those of the input.
     """
-    x, g, y = pointer_to(x_address, like), pointer_to(g_address, like), pointer_to(y_address, like)
     values, gradients = pointer_to(scratch, 0.0), pointer_to(scratch + CHUNK * 8, 0.0)
     sums, rests = pointer_to(scratch + 2 * CHUNK * 8, 0.0), pointer_to(scratch + (2 * CHUNK + _MAX_LANES) * 8, 0.0)
     kept, reduced = pointer_to(tables, 0), pointer_to(tables + n_kept * COLUMNS * 8, 0)
     g_tables = tables + (n_kept + n_reduced) * COLUMNS * 8
     g_kept, g_reduced = pointer_to(g_tables, 0), pointer_to(g_tables + n_kept * COLUMNS * 8, 0)
     while strip < end_strip:
-        run, column, width, n_outer = _place_of(strip, columns, kept, n_kept)
+        run, column, width, n_outer = place_of_strip(strip, columns, kept, n_kept)
         x_at, y_at = offset_of(run, kept, n_outer, X) + column, offset_of(run, kept, n_outer, Y) + column
         g_at = offset_of(run, g_kept, n_outer, X) + column
         lanes = min(n, _LANES) if columns == 1 else width
@@ -99,8 +64,9 @@ def run_vjp(
         length = CHUNK // width
         for first in range(0, n, length):
             size = min(length, n - first)
-            _read(x, x_at, reduced, n_reduced, columns, width, first, size, values)
-            _read(g, g_at, g_reduced, n_reduced, columns, width, first, size, gradients)
+            part = columns, width, first, size, values
+            collect_strip(storage, x, x_at, reduced, n_reduced, *part, values)
+            collect_strip(storage, g, g_at, g_reduced, n_reduced, *part, gradients)
             if of_softmax:
                 add_products(values, gradients, size * width, lanes, sums, rests)
             else:
@@ -113,14 +79,15 @@ def run_vjp(
             rests[j] = rests[j] if math.isfinite(rests[j]) else 0.0
         for first in range(0, n, length):
             size = min(length, n - first)
+            part = columns, width, first, size, values
             if n > length:  # else they are still there
-                _read(x, x_at, reduced, n_reduced, columns, width, first, size, values)
-                _read(g, g_at, g_reduced, n_reduced, columns, width, first, size, gradients)
+                collect_strip(storage, x, x_at, reduced, n_reduced, *part, values)
+                collect_strip(storage, g, g_at, g_reduced, n_reduced, *part, gradients)
             if of_softmax:
                 _store_softmax_vjp(values, gradients, size * width, lanes, sums, rests)
             else:
                 _store_log_softmax_vjp(values, gradients, size * width, lanes, sums, rests)
-            _write(values, y, y_at, reduced, n_reduced, columns, width, first, size)
+            distribute_strip(values, values, storage, y, y_at, reduced, n_reduced, columns, width, first, size)
         strip += 1
 
 
@@ -135,7 +102,7 @@ def scale_rows(like, columns, g_address, y_address, tables, n_kept, n_reduced, n
     g_kept = pointer_to(tables + (n_kept + n_reduced) * COLUMNS * 8, 0)
     inner, step = reduced[(n_reduced - 1) * COLUMNS + SIZE], reduced[(n_reduced - 1) * COLUMNS + Y]
     while strip < end_strip:
-        run, column, width, n_outer = _place_of(strip, columns, kept, n_kept)
+        run, column, width, n_outer = place_of_strip(strip, columns, kept, n_kept)
         y_at = offset_of(run, kept, n_outer, Y) + column
         for first in range(0, n, inner):
             start = y_at + offset_of(first, reduced, n_reduced, Y)

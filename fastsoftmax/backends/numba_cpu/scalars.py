@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fastsoftmax import _state
@@ -52,3 +54,13 @@ def total_of(sums, rests, lanes):
         total, error = _state.two_sum(total, sums[j])
         rest += error + rests[j]
     return total, rest
+
+
+@jit
+def largest_in(row, n):
+    """The largest of n elements, NaN if one is."""
+    largest, probe = -math.inf, 0.0
+    for j in range(n):
+        largest = max(largest, row[j])
+        probe += 1.0 if row[j] != row[j] else 0.0
+    return math.nan if probe > 0.0 else largest

@@ -1,4 +1,7 @@
-"""Kernels for states that outlive a call, and for softmax-one: a row at a time, by the means of long rows."""
+"""Kernels for states that outlive a call, and for softmax-one: a row at a time, by the means of long rows.
+
+Rows of 16 bits are converted a chunk at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 from fastsoftmax import _state
 
 from .jit import inline, jit_entry
-from .registers import lane, lanes_in, pointer_to, stack_memory
+from .registers import address_of, lane, lanes_in, pointer_to, stack_memory
 from .rows import (
     BATCH_BYTES,
     BYTES_OF_WORK,
@@ -21,9 +24,7 @@ from .rows import (
     Y,
     bytes_of_states,
     chunk_of,
-    collect,
     count_chunks,
-    distribute,
     fold_chunks,
     lane_extremes,
     make_work,
@@ -31,6 +32,7 @@ from .rows import (
     offset_of,
     write_chunks,
 )
+from .stored import BFLOAT16, FLOAT16, collect_stored, distribute_stored
 from .terms import constants
 
 FOLD_STATES, NORMALIZE, SOFTMAX_ONE = range(3)
@@ -63,6 +65,18 @@ def fold_into(function, total, x, at, n, reduced, n_reduced, scratch, work):
 
 
 @inline
+def fold_stored_into(function, total, storage, address, at, n, reduced, n_reduced, room, states, work):
+    """The same of a row that is converted, with the same bits."""
+    n_chunks, length, nothing = count_chunks(room, n), chunk_of(room), pointer_to(0, 0)
+    for chunk in range(n_chunks):
+        size = min(length, n - chunk * length)
+        collect_stored(storage, address, at, reduced, n_reduced, chunk * length, size, room, room, 0)
+        of_chunk = pointer_to(address_of(states, 3 * chunk), 0.0)
+        fold_chunks(function, room, 0, size, nothing, 0, 0, 1, False, room, of_chunk, room, work)
+    return _state.merge(total, merge_states(states, n_chunks, room), constants(room).state)
+
+
+@inline
 def largest_of(x, at, n):
     largest = -math.inf
     tops, _ = lane_extremes(x, at, n)
@@ -73,14 +87,16 @@ def largest_of(x, at, n):
 
 @jit_entry
 def run_streaming(
-    like, function, x_address, y_address, states_address, tables, n_kept, n_reduced, n, first_row, end_row, scratch
-):
-    """Run rows; gathered ones have `n_reduced` dimensions, others 0."""
+    like, function, storage, x_address, y_address, states_address, tables, n_kept, n_reduced, n, first_row, end_row,
+    scratch,
+):  # fmt: skip
+    """Run rows; those that are gathered, or stored in 16 bits, have `n_reduced` dimensions, others 0."""
     x, y, kept = pointer_to(x_address, like), pointer_to(y_address, like), pointer_to(tables, 0)
     reduced, row_states = pointer_to(tables + n_kept * COLUMNS * 8, 0), pointer_to(states_address, 0.0)
-    room = pointer_to(scratch + bytes_of_states(count_chunks(x, n)), like)
+    states, room = pointer_to(scratch, 0.0), pointer_to(scratch + bytes_of_states(count_chunks(x, n)), like)
     work = make_work(stack_memory(BYTES_OF_WORK), like)
     nothing, no_states, length = pointer_to(0, 0), pointer_to(0, 0.0), chunk_of(x)
+    is_converted = storage in (FLOAT16, BFLOAT16)
     for row in range(first_row, end_row):
         at, y_at = offset_of(row, kept, n_kept, X), offset_of(row, kept, n_kept, Y)
         total = _state.State(0.0, 0.0, 0.0)  # of the one zero
@@ -88,7 +104,12 @@ def run_streaming(
             total = load_packed(row_states, row, x)
         if function != NORMALIZE:
             folding = LOGSUMEXP if function == FOLD_STATES else SOFTMAX
-            total = fold_into(folding, total, x, at, n, reduced, n_reduced, scratch, work)
+            if is_converted:
+                total = fold_stored_into(
+                    folding, total, storage, x_address, at, n, reduced, n_reduced, room, states, work
+                )
+            else:
+                total = fold_into(folding, total, x, at, n, reduced, n_reduced, scratch, work)
         if function == FOLD_STATES:
             store_packed(row_states, row, total, x)
             continue
@@ -97,7 +118,7 @@ def run_streaming(
             size = min(length, n - first)
             source, source_at, target, target_at = x, at + first, y, y_at + first
             if n_reduced:
-                collect(x, at, reduced, n_reduced, first, size, room, 0)
+                collect_stored(storage, x_address, at, reduced, n_reduced, first, size, room, room, 0)
                 source, source_at, target, target_at = room, 0, room, 0
             if (
                 function == NORMALIZE
@@ -114,7 +135,7 @@ def run_streaming(
                     total, False, source,
                 )  # fmt: skip
             if n_reduced:
-                distribute(room, 0, y, y_at, reduced, n_reduced, first, size)
+                distribute_stored(room, 0, room, storage, y_address, y_at, reduced, n_reduced, first, size)
 
 
 @jit_entry

@@ -1,0 +1,227 @@
+"""Elements as they are stored: of any real type, any distance apart, converted on their way to a scratch and back.
+
+Types are numbers at run time, since compiling the kernels anew for each of them would take seconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+
+from .jit import by_dtype, inline, jit
+from .registers import pointer_to
+from .rows import COLUMNS, SIZE, X, Y, stretch_of
+
+# By number, as kernels know them.
+STORAGES = (
+    *("float16", "bfloat16", "float32", "float64", "bool"),
+    *("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+)
+(FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64) = range(13)
+
+
+def _rounded(like, value):
+    """A number in the type that is computed in, which is that of an array."""
+
+
+@by_dtype(_rounded)
+def _select_rounded(like, value):
+    if like.dtype == types.float32:
+        return lambda like, value: np.float32(value)
+    return lambda like, value: np.float64(value)
+
+
+@inline
+def _number(value):
+    return value
+
+
+@inline
+def _truth(image):
+    return 1.0 if image else 0.0
+
+
+# Conversions of 16 bits have no branch but the choice of a value, so that LLVM does many at once.
+
+
+@inline
+def _half(image):
+    size = np.uint32(image & 0x7FFF) << np.uint32(13)
+    # The multiplication mends the exponent, of subnormal numbers too.
+    bits = np.float32(np.uint32(size).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+    bits = bits if size < 0x7C00 << 13 else size | np.uint32(0x7F800000)
+    return np.uint32(bits | np.uint32(image & 0x8000) << np.uint32(16)).view(np.float32)
+
+
+@inline
+def _brain(image):
+    return np.uint32(np.uint32(image) << np.uint32(16)).view(np.float32)
+
+
+@inline
+def _image16(value, digits, bias):
+    """The 16 bits of the nearest number with so many digits behind the point, the even one of two as near."""
+    bits = np.float64(value).view(np.int64)
+    size, shift, infinite = bits & 0x7FFFFFFFFFFFFFFF, 52 - digits, (2 * bias + 1) << digits
+    normal = ((size + (1 << (shift - 1)) - 1 + ((size >> shift) & 1)) >> shift) - ((1023 - bias) << digits)
+    # Of numbers below the normal ones, an addition leaves no other digits than those that are kept.
+    subnormal = np.float64(abs(value) * 2.0 ** (bias - 1 + digits) + 2.0**52).view(np.int64) & ((1 << 52) - 1)
+    result = min(normal, infinite) if abs(value) >= 2.0 ** (1 - bias) else subnormal
+    result = result if value == value else infinite | (1 << (digits - 1))
+    return np.uint16(((bits >> 48) & 0x8000) | result)
+
+
+@inline
+def _half_image(value):
+    return _image16(value, 10, 15)
+
+
+@inline
+def _brain_image(value):
+    return _image16(value, 7, 127)
+
+
+def _reader(decode):
+    """A function that copies rows of elements, both of them evenly apart, to adjacent numbers."""
+
+    @jit
+    def read(x, start, row_step, n_rows, step, n, like, y, y_at):
+        for i in range(n_rows):
+            row, at = start + i * row_step, y_at + i * n
+            if step == 1:  # LLVM loads registers here
+                for j in range(n):
+                    y[at + j] = _rounded(like, decode(x[row + j]))
+            else:
+                for j in range(n):
+                    y[at + j] = _rounded(like, decode(x[row + j * step]))
+
+    return read
+
+
+def _writer(encode):
+    """A function that copies adjacent numbers, rounded to the type that is computed in, to rows of elements."""
+
+    @jit
+    def write(x, x_at, like, y, start, row_step, n_rows, step, n):
+        for i in range(n_rows):
+            row, at = start + i * row_step, x_at + i * n
+            if step == 1:
+                for j in range(n):
+                    y[row + j] = encode(_rounded(like, x[at + j]))
+            else:
+                for j in range(n):
+                    y[row + j * step] = encode(_rounded(like, x[at + j]))
+
+    return write
+
+
+_read_numbers, _read_truths, _read_halves, _read_brains = map(_reader, (_number, _truth, _half, _brain))
+_write_numbers, _write_halves, _write_brains = map(_writer, (_number, _half_image, _brain_image))
+
+
+@jit
+def read_block(storage, address, start, row_step, n_rows, step, n, like, y, y_at):
+    """Copy rows of n elements of a storage, so many elements apart, in the type that is computed in."""
+    rows, copy = (start, row_step, n_rows, step, n), (like, y, y_at)
+    if storage == FLOAT32:
+        _read_numbers(pointer_to(address, np.float32(0)), *rows, *copy)
+    elif storage == FLOAT64:
+        _read_numbers(pointer_to(address, 0.0), *rows, *copy)
+    elif storage == FLOAT16:
+        _read_halves(pointer_to(address, np.uint16(0)), *rows, *copy)
+    elif storage == BFLOAT16:
+        _read_brains(pointer_to(address, np.uint16(0)), *rows, *copy)
+    elif storage == BOOL:
+        _read_truths(pointer_to(address, np.uint8(0)), *rows, *copy)
+    elif storage == INT8:
+        _read_numbers(pointer_to(address, np.int8(0)), *rows, *copy)
+    elif storage == UINT8:
+        _read_numbers(pointer_to(address, np.uint8(0)), *rows, *copy)
+    elif storage == INT16:
+        _read_numbers(pointer_to(address, np.int16(0)), *rows, *copy)
+    elif storage == UINT16:
+        _read_numbers(pointer_to(address, np.uint16(0)), *rows, *copy)
+    elif storage == INT32:
+        _read_numbers(pointer_to(address, np.int32(0)), *rows, *copy)
+    elif storage == UINT32:
+        _read_numbers(pointer_to(address, np.uint32(0)), *rows, *copy)
+    elif storage == INT64:
+        _read_numbers(pointer_to(address, np.int64(0)), *rows, *copy)
+    else:
+        _read_numbers(pointer_to(address, np.uint64(0)), *rows, *copy)
+
+
+@jit
+def write_block(x, x_at, like, storage, address, start, row_step, n_rows, step, n):
+    """Copy adjacent numbers, rounded to the type that is computed in, to rows of n elements of a storage."""
+    rows = start, row_step, n_rows, step, n
+    if storage == FLOAT32:
+        _write_numbers(x, x_at, like, pointer_to(address, np.float32(0)), *rows)
+    elif storage == FLOAT64:
+        _write_numbers(x, x_at, like, pointer_to(address, 0.0), *rows)
+    elif storage == FLOAT16:
+        _write_halves(x, x_at, like, pointer_to(address, np.uint16(0)), *rows)
+    else:
+        _write_brains(x, x_at, like, pointer_to(address, np.uint16(0)), *rows)
+
+
+@jit
+def read_one(storage, address, at, like, y):
+    read_block(storage, address, at, 0, 1, 1, 1, like, y, 0)
+
+
+@jit
+def write_one(x, like, storage, address, at):
+    write_block(x, 0, like, storage, address, at, 0, 1, 1, 1)
+
+
+@jit
+def collect_stored(storage, address, at, reduced, n_reduced, first, n, like, y, y_at):
+    """Copy n elements of a row of any strides to adjacent ones."""
+    done = 0
+    while done < n:
+        start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, X)
+        read_block(storage, address, at + start, 0, 1, step, size, like, y, y_at + done)
+        done += size
+
+
+@jit
+def distribute_stored(x, x_at, like, storage, address, at, reduced, n_reduced, first, n):
+    """Copy adjacent elements to a row of any strides."""
+    done = 0
+    while done < n:
+        start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, Y)
+        write_block(x, x_at + done, like, storage, address, at + start, 0, 1, step, size)
+        done += size
+
+
+# Strips of adjacent rows: of each element of a row, so many columns lie side by side.
+
+
+@inline
+def place_of_strip(strip, columns, kept, n_kept):
+    """The run of adjacent rows that a strip is in, its first column there, its width, and the dimensions of runs."""
+    if columns == 1:
+        return strip, 0, 1, n_kept
+    inner = kept[(n_kept - 1) * COLUMNS + SIZE]
+    per_run = (inner + columns - 1) // columns
+    column = strip % per_run * columns
+    return strip // per_run, column, min(columns, inner - column), n_kept - 1
+
+
+@jit
+def collect_strip(storage, address, at, reduced, n_reduced, columns, width, first, n, like, y):
+    """Copy n elements of each row of a strip; if it has one column, of a row of any strides."""
+    if columns == 1:
+        collect_stored(storage, address, at, reduced, n_reduced, first, n, like, y, 0)
+        return
+    read_block(storage, address, at + first * reduced[X], reduced[X], n, 1, width, like, y, 0)
+
+
+@jit
+def distribute_strip(x, like, storage, address, at, reduced, n_reduced, columns, width, first, n):
+    """Copy n elements to each row of a strip; if it has one column, to a row of any strides."""
+    if columns == 1:
+        distribute_stored(x, 0, like, storage, address, at, reduced, n_reduced, first, n)
+        return
+    write_block(x, 0, like, storage, address, at + first * reduced[Y], reduced[Y], n, 1, width)
