@@ -235,7 +235,8 @@ def logsumexp(
     where : array_like of bool, optional
         Which elements count; it broadcasts to ``a``. The others are taken for -inf, whatever they are.
     temperature : float, optional
-        What ``a`` is divided by before anything else: positive and finite. The quotients are not rounded.
+        What ``a`` is divided by before anything else: positive and finite. The quotients are not rounded, but beside
+        ``b``.
     dtype : dtype, optional
         A floating or complex dtype: ``a`` is converted to it (float16 and bfloat16 are computed in float32), and the
         result has it.
@@ -253,9 +254,9 @@ def logsumexp(
     Raises
     ------
     TypeError
-        If ``a`` or ``b`` does not hold numbers, or ``where`` not bool; if ``b`` is a masked array, or comes with a
-        ``temperature`` other than 1; if ``axis`` is not made of integers; if ``temperature`` is not a number; if
-        ``dtype`` is not floating or complex; if ``out`` is not an array of the result's dtype.
+        If ``a`` or ``b`` does not hold numbers, or ``where`` not bool; if ``b`` is a masked array; if ``axis`` is not
+        made of integers; if ``temperature`` is not a number; if ``dtype`` is not floating or complex; if ``out`` is
+        not an array of the result's dtype.
     ValueError
         If ``a`` and ``b`` do not broadcast, or ``where`` to ``a``; if ``temperature`` is not positive and finite; if
         ``out`` has the wrong shape or cannot be written; if an axis is repeated; if ``backend`` is unknown.
@@ -295,13 +296,12 @@ def logsumexp(
     asked = None if dtype is None else _check_dtype(dtype, terms, "a")
     working, result_dtype = _dtypes(terms.dtype if asked is None else asked, "logsumexp")
     if b is not None:
-        if temperature != 1:
-            raise TypeError(f"logsumexp with b takes no temperature, not {temperature!r}")
         factors = _numbers(b, "b")
         if asked is None:
             working, result_dtype = _dtypes(_common_dtype("a", a, terms, "b", b, factors), "logsumexp")
         else:
             _check_dtype(asked, factors, "b")
+        working = _wide_enough(working, temperature)
         terms, factors = _broadcast(readable(terms, working), readable(factors, working))
         if mask is not None:
             factors = np.where(_broadcast_mask(mask, terms.shape, "a"), factors, factors.dtype.type(0))
@@ -318,6 +318,8 @@ def logsumexp(
         _check_out(out, shape, log_dtype)
     is_converted = _is_converted(module, working, reading, writing)
     adjustment = _adjustment(module, mask, temperature, working, is_converted, out)
+    if factors is not None:  # which the mask and the temperature have gone to
+        adjustment = None
     log_sum, sign = _log_sums_with_signs(shape, working) if factors is not None and return_sign else (None, None)
     if log_sum is None:
         is_direct = out is not None and _is_writable_as(out, writing) and not _shares_memory(out, terms, factors)
@@ -333,7 +335,7 @@ def logsumexp(
         elif factors is None:
             execute(module, "logsumexp", layout, data, rows)
         else:
-            execute(module, "weighted_logsumexp", layout, data, rows, factors=Factors(factors, sign))
+            execute(module, "weighted_logsumexp", layout, data, rows, factors=Factors(factors, sign, temperature))
     if not return_sign:
         return _deliver(log_sum, out, result_dtype)
     if sign is None:

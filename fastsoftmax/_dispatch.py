@@ -72,10 +72,13 @@ class Factors(NamedTuple):
     sign : ndarray or None
         Where the signs of the sums go, with the strides of the output. Where it is None, the logarithm of a negative
         sum is NaN.
+    temperature : float
+        What the input of a weighted sum is divided by, first; quotients are rounded.
     """
 
     b: Array
     sign: Array | None
+    temperature: float = 1.0
 
 
 class CrossEntropy(NamedTuple):

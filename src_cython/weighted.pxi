@@ -242,7 +242,8 @@ cdef double weighted_log_sum(WeightedState state, double* sign) noexcept nogil:
 
 
 cdef WeightedState fold_weighted(
-    const vec* a, const vec* b, const Dimensions* a_row, const Dimensions* b_row, Py_ssize_t n, vec* scratch
+    const vec* a, const vec* b, const Dimensions* a_row, const Dimensions* b_row, Py_ssize_t n, double temperature,
+    vec* scratch
 ) noexcept nogil:
     """The state of a row of any strides; `scratch` has room for two chunks."""
     cdef Py_ssize_t length = weighted_length(a), first = 0, size, i
@@ -252,6 +253,9 @@ cdef WeightedState fold_weighted(
         size = min(length, n - first)
         gather(a, a_row, first, size, scratch, AS_COMPUTED)
         gather(b, b_row, first, size, factors, AS_COMPUTED)
+        if temperature != 1.0:
+            for i in range(size):
+                put(scratch, i, get(scratch, i) / temperature)
         for i in range(size, (size + lanes(a) - 1) // lanes(a) * lanes(a)):
             put(scratch, i, 0.0)
             put(factors, i, 0.0)
@@ -266,6 +270,7 @@ cdef struct WeightedCall:
     void* y
     void* signs
     bint is_single
+    double temperature
     Py_ssize_t first  # block of the part of the call that runs now
     Py_ssize_t n_blocks
     bint lacks_memory
@@ -276,8 +281,8 @@ cdef struct WeightedCall:
 
 
 def run_weighted(
-    tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b, cnp.ndarray out, cnp.ndarray sign, Py_ssize_t n_blocks,
-    int n_threads
+    tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b, cnp.ndarray out, cnp.ndarray sign, double temperature,
+    Py_ssize_t n_blocks, int n_threads
 ):
     """Run a weighted logsumexp.
 
@@ -289,12 +294,15 @@ def run_weighted(
         Aligned and native, all float32 or all float64.
     sign : ndarray or None
         Where the signs go, with the strides of `out`; None to have NaN for the logarithm of a negative sum.
+    temperature : float
+        What `a` is divided by.
     n_blocks, n_threads : int
         Into how many equal parts it is cut, and how many threads share them.
     """
     cdef WeightedCall call
     call.a, call.b, call.y = cnp.PyArray_DATA(a), cnp.PyArray_DATA(b), cnp.PyArray_DATA(out)
     call.signs = NULL if sign is None else cnp.PyArray_DATA(sign)
+    call.temperature = temperature
     call.is_single, call.n_blocks = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32, n_blocks
     call.lacks_memory = False
     call.a_kept, call.a_row = dimensions(kept), dimensions(reduced)
@@ -339,7 +347,7 @@ cdef bint run_weighted_block(
         result = weighted_log_sum(
             fold_weighted(
                 <const vec*>(<const char*>a + a_offset), <const vec*>(<const char*>b + b_offset), &call.a_row,
-                &call.b_row, n, scratch),
+                &call.b_row, n, call.temperature, scratch),
             &sign)
         if signs != NULL:
             put(<vec*>(<char*>signs + y_offset), 0, sign)

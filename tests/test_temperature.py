@@ -130,6 +130,31 @@ def test_numbers_of_any_kind(backend, call, rng, temperature):
     np.testing.assert_array_equal(call(x, temperature=temperature), call(x, temperature=float(temperature)))
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("shape", [(7, 1), (3, 40), (2, 9000)], ids=str)
+def test_beside_factors(backend, dtype, rng, shape, temperature):
+    """`logsumexp` with `b`: the error is that of the largest quotient, whatever the signs."""
+    a = (rng.normal(size=shape) * 5).astype(dtype)
+    b = rng.uniform(0.5, 2, shape).astype(dtype) * np.where(rng.random(shape) < 0.1, -1, 1).astype(dtype)
+    where = rng.random(shape) < 0.9
+    quotients = a.astype(np.longdouble) / temperature
+    largest = quotients.max(1, keepdims=True)
+    for mask in (None, where):
+        terms = np.where(True if mask is None else mask, b * np.exp(quotients - largest), 0)
+        total = terms.sum(1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            expected = (largest + np.log(abs(total))).ravel()
+        # What the additions and a rounded quotient may lose of the sum, where its terms cancel.
+        sharpness = abs(terms).sum(1) / np.maximum(abs(total).ravel(), np.finfo(dtype).tiny)
+        bound = 4 * np.finfo(dtype).eps * (abs(expected) + sharpness * (1 + abs(largest).ravel()))
+        for array, factors, axis in ((a, b, 1), (a.T.copy(), b.T, 0)):
+            counted = mask if mask is None or axis == 1 else mask.T
+            result, sign = logsumexp(array, axis, factors, temperature=temperature, return_sign=True, where=counted)
+            np.testing.assert_array_equal(sign, np.sign(total).ravel())
+            is_sum = sign != 0
+            assert (abs(result - expected)[is_sum] <= bound[is_sum]).all()
+
+
 # Bad input
 
 
@@ -152,8 +177,3 @@ def test_temperatures_that_are_no_numbers(backend, function, call, temperature):
     with pytest.raises(TypeError, match="temperature must be a real number, not"):
         call(x, 1, temperature=temperature, out=out)
     assert (out == 7).all()
-
-
-def test_factors_and_a_temperature():
-    with pytest.raises(TypeError, match="logsumexp with b takes no temperature, not 2"):
-        logsumexp(np.ones(3), b=np.ones(3), temperature=2)

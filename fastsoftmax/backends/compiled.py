@@ -509,7 +509,7 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
         )
     else:
         kernel = _kernels.run_weighted
-        arguments = (layout.kept, layout.reduced, x, factors.b, out, factors.sign)
+        arguments = (layout.kept, layout.reduced, x, factors.b, out, factors.sign, factors.temperature)
     kernel(*arguments, schedule.n_blocks, schedule.n_threads)
 
 

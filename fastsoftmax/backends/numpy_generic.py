@@ -46,7 +46,8 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
             g = _rows(factors.b, layout, [d.b_stride for d in dimensions])
             _write(_VJP_ROWS[plan.function](rows, g), out, dimensions)
         elif factors is not None:
-            log_sum, sign = weighted_logsumexp_rows(rows, _rows(factors.b, layout, [d.b_stride for d in dimensions]))
+            b = _rows(factors.b, layout, [d.b_stride for d in dimensions])
+            log_sum, sign = weighted_logsumexp_rows(rows / factors.temperature, b)
             if factors.sign is None:
                 log_sum = log_sum + np.log(sign) if np.iscomplexobj(x) else np.where(sign < 0, np.nan, log_sum)
             else:

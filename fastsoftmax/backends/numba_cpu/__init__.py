@@ -246,7 +246,7 @@ def _run_split_row(plan: Plan, layout: Layout, x: int, y: int, terms: int, store
 def _run_weighted(schedule: Schedule, layout: Layout, x: Array, out: Array, factors: Factors) -> None:
     _memory, sizes = _prepare_with_factors(layout)
     addresses = map(_address, (x, factors.b, out, factors.sign))
-    arguments = (_LIKE[layout.itemsize], *addresses, *sizes)
+    arguments = (_LIKE[layout.itemsize], *addresses, factors.temperature, *sizes)
 
     def run_units(first: int, end: int) -> None:
         _memory, scratch = _scratch(BYTES_OF_WEIGHTED)

@@ -121,8 +121,9 @@ def _fold_weighted_chunk(a, b, n, row_offset):
 
 @jit_entry
 def run_weighted(
-    like, a_address, b_address, y_address, signs_address, tables, n_kept, n_reduced, n, first_row, end_row, scratch
-):
+    like, a_address, b_address, y_address, signs_address, temperature, tables, n_kept, n_reduced, n, first_row, end_row,
+    scratch,
+):  # fmt: skip
     """Run rows; the tables of the factors follow those of the input, and there are signs where they have an address."""
     a, b = pointer_to(a_address, like), pointer_to(b_address, like)
     y, signs = pointer_to(y_address, like), pointer_to(signs_address, like)
@@ -137,6 +138,9 @@ def run_weighted(
             size = min(CHUNK, n - first)
             collect(a, offset_of(row, a_kept, n_kept, X), a_reduced, n_reduced, first, size, terms, 0)
             collect(b, offset_of(row, b_kept, n_kept, X), b_reduced, n_reduced, first, size, factors, 0)
+            if temperature != 1.0:
+                for j in range(size):
+                    terms[j] /= temperature
             state = _state.merge_weighted(state, _fold_weighted_chunk(terms, factors, size, state.offset))
         log_sum, sign = _state.weighted_logsumexp(state)
         y_at = offset_of(row, a_kept, n_kept, Y)
