@@ -13,7 +13,9 @@ import pytest
 import fastsoftmax
 
 BEYOND = 2**31 + 2**21
-NEEDED_GIB = {"cython": 12, "numba": 20}
+NEEDED_GIB = 12
+# Its few columns are compared whole.
+NEEDED_GIB_OF_FEW_COLUMNS = {"cython": 12, "numba": 20}
 DTYPES = {"cython": np.float16, "numba": np.float32}
 
 # Shapes of that many elements and more, the axis that is computed along, and the axis of the rows.
@@ -30,12 +32,16 @@ CASES = {
 def backend(request):
     if request.param not in fastsoftmax.available_backends():
         pytest.skip(f"backend {request.param!r} is not available")
-    with open("/proc/meminfo") as lines:
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
-    if available < NEEDED_GIB[request.param]:
-        pytest.skip(f"{NEEDED_GIB[request.param]} GiB of memory are needed, and {available:.1f} are available")
+    skip_without_memory(NEEDED_GIB)
     with fastsoftmax.use_backend(request.param):
         yield request.param
+
+
+def skip_without_memory(needed_gib):
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    if available < needed_gib:
+        pytest.skip(f"{needed_gib} GiB of memory are needed, and {available:.1f} are available")
 
 
 def logits(size, dtype):
@@ -66,6 +72,8 @@ def pieces_of(shape, axis):
 @pytest.mark.parametrize("function", ["softmax", "log_softmax", "logsumexp"])
 def test_rows_have_the_bits_of_rows_alone(backend, function, case):
     shape, axis, rows = CASES[case]
+    if case == "few columns":
+        skip_without_memory(NEEDED_GIB_OF_FEW_COLUMNS[backend])
     assert math.prod(shape) > 2**31
     call = getattr(fastsoftmax, function)
     x = logits(math.prod(shape), DTYPES[backend]).reshape(shape)

@@ -74,21 +74,28 @@ CONVERTS = frozenset(_CONVERTED)
 _SCRATCH_SHARE = 16
 
 # Rows of up to this many elements, by their size, are computed side by side if there are at least so many. In ns a row,
-# in tiles and one after the other, on v4: float16 80 elements 31 and 36, 96 elements 37 and 38; float32 96 elements 39
-# and 43, 112 elements 44 and 45; float64 48 elements 43 and 49, 64 elements 55 and 49. On v3: float16 24 elements 16
-# and 24, 32 elements 22 and 17; float32 56 elements 34 and 39, 64 elements 40 and 34; float64 28 elements 47 and 54,
-# 48 elements 76 and 65. On the others a row pays for what is beyond whole groups of registers: float32 72 elements 120
-# and 173, 80 elements 133 and 121.
+# in tiles and one after the other: softmax of float32 on v4 56 elements 61 and 73, 64 elements 76 and 67; on v3 60
+# elements 52 and 65, 64 elements 55 and 52; on v2 60 elements 158 and 185, 64 elements 167 and 159. Tiles of 16 bits
+# are slow to convert where no instruction does it: on v2 12 elements 81 and 83, 28 elements 202 and 174. The other
+# functions gain more: logsumexp of 96 float32 on v4 takes 0.85 of the time in tiles, and the largest of 50 a 20th.
 _MAX_TILE_COLS = {
-    "x86_64_v4": {2: 96, 4: 104, 8: 56},
-    "x86_64_v3": {2: 28, 4: 60, 8: 32},
-    "x86_64_v2": {2: 80, 4: 80, 8: 40},
-    "portable": {2: 80, 4: 80, 8: 40},
+    "x86_64_v4": {
+        "softmax": {2: 60, 4: 56, 8: 40},
+        "log_softmax": {2: 96, 4: 60, 8: 56},
+        "others": {2: 96, 4: 104, 8: 56},
+    },
+    "x86_64_v3": {
+        "softmax": {2: 52, 4: 60, 8: 30},
+        "log_softmax": {2: 88, 4: 60, 8: 30},
+        "others": {2: 88, 4: 60, 8: 32},
+    },
+    "x86_64_v2": {
+        "softmax": {2: 14, 4: 60, 8: 22},
+        "log_softmax": {2: 14, 4: 60, 8: 16},
+        "others": {2: 80, 4: 80, 8: 40},
+    },
 }
-# Of softmax fewer, as its rows have become quicker one after the other. In us for 1000 rows on another v4, in tiles and
-# so: float16 60 elements 48 and 61, 80 elements 43 and 39; float32 56 elements 61 and 73, 64 elements 76 and 67;
-# float64 40 elements 82 and 84, 48 elements 124 and 115. logsumexp takes 0.85 of the time in tiles at 96 elements.
-_MAX_SOFTMAX_TILE_COLS = _MAX_TILE_COLS | {"x86_64_v4": {2: 60, 4: 56, 8: 40}}
+_MAX_TILE_COLS["portable"] = _MAX_TILE_COLS["x86_64_v2"]
 _MIN_TILE_ROWS = 16
 
 # Up to so many elements are selected from rows side by side. In ms, so and one after the other: (20000, 50) float32 1.7
@@ -226,8 +233,9 @@ def make_schedule(
         streaming &= function in ("softmax", "softmax_one")
     itemsize = max(layout.itemsize, 4)  # that is computed in
     traversal: Traversal
-    max_tile_cols = _MAX_SOFTMAX_TILE_COLS if function == "softmax" else _MAX_TILE_COLS
-    short = layout.n_cols <= max_tile_cols[_tier][layout.itemsize] and layout.n_rows >= _MIN_TILE_ROWS
+    by_function = _MAX_TILE_COLS[_tier]
+    max_tile_cols = by_function.get(function, by_function["others"])
+    short = layout.n_cols <= max_tile_cols[layout.itemsize] and layout.n_rows >= _MIN_TILE_ROWS
     if function in CROSS_ENTROPIES:
         return _make_cross_entropy_schedule(function, layout, in_place, n_threads, n_blocks)
     if function in BANDED:
@@ -308,7 +316,7 @@ def _make_adjusted_schedule(function: Function, layout: Layout, itemsize: int, m
     streaming = (
         function != "logsumexp" and layout.y_itemsize == itemsize and n_bytes > _schedule.cache_sizes().last_level
     )
-    short = layout.n_cols <= _MAX_TILE_COLS[_tier][itemsize] and layout.n_rows >= _MIN_TILE_ROWS
+    short = layout.n_cols <= _MAX_TILE_COLS[_tier]["others"][itemsize] and layout.n_rows >= _MIN_TILE_ROWS
     if layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal = "tiles"
         streaming &= layout.kept[0].y_stride == layout.n_cols * itemsize
