@@ -337,6 +337,30 @@ MUTANTS = (
         "In the Numba backend lanes behind the end of a row count as zeros.",
         ("test_properties.py", "test_semantics.py"),
     ),
+    Mutant(
+        "numba-ties-rounded-up",
+        "fastsoftmax/backends/numba_cpu/stored.py",
+        " - 1 + ((size >> shift) & 1)) >> shift)",
+        ") >> shift)",
+        "In the Numba backend a result half way between two numbers of 16 bits is always rounded up.",
+        ("test_dtype_argument.py",),
+    ),
+    Mutant(
+        "numba-chunks-drawn-from-anew",
+        "fastsoftmax/backends/numba_cpu/sampling.py",
+        "        before = ends[chunk - 1] if chunk else 0.0\n",
+        "        before = 0.0\n",
+        "In the Numba backend the sums of a chunk do not go on from those before it.",
+        ("test_sampling.py",),
+    ),
+    Mutant(
+        "numba-label-of-another-chunk",
+        "fastsoftmax/backends/numba_cpu/cross_entropy.py",
+        "        if 0 <= label - first < n:\n",
+        "        if first == 0 and 0 <= label < n:\n",
+        "In the Numba backend the gradient of a label behind the first chunk is that of another class.",
+        ("test_cross_entropy.py",),
+    ),
 )
 
 
