@@ -18,7 +18,7 @@ from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, LOGSUMEXP, SIZE, SOFTMAX, X, Y, offset_of
 from .scalars import exp, power_of_two, total_of
-from .stored import collect_strip, distribute_strip, place_of_strip, write_one
+from .stored import collect_strip_of_any, distribute_strip, place_of_strip, write_one
 from .tiles import STRIP_BYTES
 
 CHUNK = 4096
@@ -175,7 +175,7 @@ def run_adjusted(
             for first in range(0, n, length):
                 size = min(length, n - first)
                 if step == 0 or n > length:  # else they are still there
-                    collect_strip(
+                    collect_strip_of_any(
                         *(storages[0], addresses[0], x_at),
                         *(reduced, n_reduced, columns, width, first, size, like, values),
                     )

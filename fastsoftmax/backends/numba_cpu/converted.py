@@ -28,7 +28,7 @@ from .rows import (
     run_batch,
     write_chunks,
 )
-from .stored import collect_stored, distribute_stored, read_one, write_one
+from .stored import collect_any, distribute_stored, read_float, write_one
 
 
 def bytes_of_converted(n, itemsize):
@@ -52,7 +52,7 @@ def _run_long_row(like, function, storages, addresses, x_at, y_at, reduced, n_re
     length, n_chunks = chunk_of(room), count_chunks(room, n)
     for chunk in range(n_chunks):
         size = min(length, n - chunk * length)
-        collect_stored(storages[0], addresses[0], x_at, reduced, n_reduced, chunk * length, size, like, room, 0)
+        collect_any(storages[0], addresses[0], x_at, reduced, n_reduced, chunk * length, size, like, room, 0)
         of_chunk = pointer_to(scratch + BATCH_BYTES + 24 * chunk, 0.0)
         fold_chunks(function, room, 0, size, nothing, 0, 0, 1, False, room, of_chunk, room, work)
     total = merge_states(states, n_chunks, room)
@@ -62,7 +62,7 @@ def _run_long_row(like, function, storages, addresses, x_at, y_at, reduced, n_re
         return
     for chunk in range(n_chunks):
         size = min(length, n - chunk * length)
-        collect_stored(storages[0], addresses[0], x_at, reduced, n_reduced, chunk * length, size, like, room, 0)
+        collect_any(storages[0], addresses[0], x_at, reduced, n_reduced, chunk * length, size, like, room, 0)
         write_chunks(function, room, 0, room, 0, size, nothing, 0, 0, 1, False, room, states, total, False, room)
         _multiply(room, 0, size, factor)
         distribute_stored(room, 0, like, storages[1], addresses[1], y_at, reduced, n_reduced, chunk * length, size)
@@ -89,12 +89,12 @@ def run_converted(like, function, storages, addresses, factors, tables, n_kept, 
                 work.places[s], work.results[s], work.terms[s] = s * n, s * n, s * n
                 work.sizes[s] = n
                 x_at = offset_of(row + s, kept, n_kept, X)
-                collect_stored(storages[0], addresses[0], x_at, reduced, n_reduced, 0, n, like, room, s * n)
+                collect_any(storages[0], addresses[0], x_at, reduced, n_reduced, 0, n, like, room, s * n)
             run_batch(function, room, room, count, n, room, False, work)
         for s in range(count):
             x_at, y_at = offset_of(row + s, kept, n_kept, X), offset_of(row + s, kept, n_kept, Y)
             if factors:
-                read_one(storages[0], factors, offset_of(row + s, factor_kept, n_kept, X), like, factor)
+                read_float(storages[0], factors, offset_of(row + s, factor_kept, n_kept, X), like, factor)
             if is_long:
                 _run_long_row(
                     *(like, function, storages, addresses, x_at, y_at, reduced, n_reduced, n, factor[0], scratch, work)

@@ -29,7 +29,7 @@ from .rows import (
     offset_of,
 )
 from .scalars import exp
-from .stored import collect_stored, distribute_stored
+from .stored import collect_floats, distribute_stored
 from .terms import constants, rest_over_top
 
 # That of `fold_chunks` in float64.
@@ -68,7 +68,7 @@ def _is_counted(targets):
 
 @jit
 def _read_logits(logits, first, n, x):
-    collect_stored(logits.storage, logits.address, logits.at, logits.reduced, logits.n_reduced, first, n, x, x, 0)
+    collect_floats(logits.storage, logits.address, logits.at, logits.reduced, logits.n_reduced, first, n, x, x, 0)
     if logits.softcap > 0.0:
         for j in range(n):
             x[j] = logits.softcap * math.tanh(x[j] / logits.softcap)
@@ -81,7 +81,7 @@ def _read_factors(targets, logits, first, n, factors):
         for j in range(n):
             factors[j] = spread[first + j]
         return
-    collect_stored(
+    collect_floats(
         *(logits.storage, targets.address, targets.at, targets.reduced, logits.n_reduced, first, n, factors, factors, 0)
     )
     for j in range(n):

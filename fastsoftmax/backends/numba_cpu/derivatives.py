@@ -12,7 +12,7 @@ from .jit import jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, SIZE, X, Y, offset_of
 from .scalars import add_numbers, add_products, exp, total_of
-from .stored import collect_strip, distribute_strip, place_of_strip
+from .stored import collect_strip_of_floats, distribute_strip, place_of_strip
 from .tiles import STRIP_BYTES
 
 CHUNK = 4096
@@ -65,8 +65,8 @@ def run_vjp(storage, of_softmax, columns, x, g, y, tables, n_kept, n_reduced, n,
         for first in range(0, n, length):
             size = min(length, n - first)
             part = columns, width, first, size, values
-            collect_strip(storage, x, x_at, reduced, n_reduced, *part, values)
-            collect_strip(storage, g, g_at, g_reduced, n_reduced, *part, gradients)
+            collect_strip_of_floats(storage, x, x_at, reduced, n_reduced, *part, values)
+            collect_strip_of_floats(storage, g, g_at, g_reduced, n_reduced, *part, gradients)
             if of_softmax:
                 add_products(values, gradients, size * width, lanes, sums, rests)
             else:
@@ -81,8 +81,8 @@ def run_vjp(storage, of_softmax, columns, x, g, y, tables, n_kept, n_reduced, n,
             size = min(length, n - first)
             part = columns, width, first, size, values
             if n > length:  # else they are still there
-                collect_strip(storage, x, x_at, reduced, n_reduced, *part, values)
-                collect_strip(storage, g, g_at, g_reduced, n_reduced, *part, gradients)
+                collect_strip_of_floats(storage, x, x_at, reduced, n_reduced, *part, values)
+                collect_strip_of_floats(storage, g, g_at, g_reduced, n_reduced, *part, gradients)
             if of_softmax:
                 _store_softmax_vjp(values, gradients, size * width, lanes, sums, rests)
             else:

@@ -14,7 +14,7 @@ from .registers import pointer_to
 from .rows import COLUMNS, X, offset_of
 from .scalars import exp, largest_in
 from .selection import CHUNK, is_worse, offer, sort_best
-from .stored import collect_stored
+from .stored import collect_floats
 
 # Of the largest elements, so many are looked at first for those that make up `top_p`, and then so many times as many.
 FIRST_BEST, MORE_BEST = 64, 8
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 @jit
 def read(row, first, n, x):
-    collect_stored(row.storage, row.address, row.at, row.reduced, row.n_reduced, first, n, x, x, 0)
+    collect_floats(row.storage, row.address, row.at, row.reduced, row.n_reduced, first, n, x, x, 0)
     if row.temperature != 1.0:
         for j in range(n):
             x[j] /= row.temperature

@@ -11,7 +11,7 @@ from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, X, offset_of
 from .scalars import largest_in
-from .stored import collect_stored, write_block
+from .stored import collect_floats, write_block
 
 CHUNK = 4096
 
@@ -85,7 +85,7 @@ def put_nan_first(storage, x, at, reduced, n_reduced, n, k, row, selected, indic
     count = 0
     for first in range(0, n, CHUNK):
         size = min(CHUNK, n - first)
-        collect_stored(storage, x, at, reduced, n_reduced, first, size, row, row, 0)
+        collect_floats(storage, x, at, reduced, n_reduced, first, size, row, row, 0)
         for j in range(size):
             if math.isnan(row[j]) and count < k:
                 indices[count] = first + j
@@ -108,7 +108,7 @@ def run_selection(storages, x, results, indices_address, k, tables, n_kept, n_re
         count, has_nan = 0, False
         for first in range(0, n, CHUNK):
             size = min(CHUNK, n - first)
-            collect_stored(storages[0], x, at, reduced, n_reduced, first, size, row, row, 0)
+            collect_floats(storages[0], x, at, reduced, n_reduced, first, size, row, row, 0)
             count = offer(row, first, size, k, count, values, selected)
             has_nan = has_nan or math.isnan(largest_in(row, size))
         sort_best(k, count, values, selected)

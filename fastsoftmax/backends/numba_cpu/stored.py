@@ -120,8 +120,8 @@ _write_numbers, _write_halves, _write_brains = map(_writer, (_number, _half_imag
 
 
 @jit
-def read_block(storage, address, start, row_step, n_rows, step, n, like, y, y_at):
-    """Copy rows of n elements of a storage, so many elements apart, in the type that is computed in."""
+def _read_floats(storage, address, start, row_step, n_rows, step, n, like, y, y_at):
+    """Copy rows of n floating-point numbers, so many elements apart, in the type that is computed in."""
     rows, copy = (start, row_step, n_rows, step, n), (like, y, y_at)
     if storage == FLOAT32:
         _read_numbers(pointer_to(address, np.float32(0)), *rows, *copy)
@@ -129,8 +129,16 @@ def read_block(storage, address, start, row_step, n_rows, step, n, like, y, y_at
         _read_numbers(pointer_to(address, 0.0), *rows, *copy)
     elif storage == FLOAT16:
         _read_halves(pointer_to(address, np.uint16(0)), *rows, *copy)
-    elif storage == BFLOAT16:
+    else:
         _read_brains(pointer_to(address, np.uint16(0)), *rows, *copy)
+
+
+@jit
+def _read_any(storage, address, start, row_step, n_rows, step, n, like, y, y_at):
+    """The same for any storage."""
+    rows, copy = (start, row_step, n_rows, step, n), (like, y, y_at)
+    if storage <= FLOAT64:
+        _read_floats(storage, address, *rows, *copy)
     elif storage == BOOL:
         _read_truths(pointer_to(address, np.uint8(0)), *rows, *copy)
     elif storage == INT8:
@@ -166,8 +174,8 @@ def write_block(x, x_at, like, storage, address, start, row_step, n_rows, step, 
 
 
 @jit
-def read_one(storage, address, at, like, y):
-    read_block(storage, address, at, 0, 1, 1, 1, like, y, 0)
+def read_float(storage, address, at, like, y):
+    _read_floats(storage, address, at, 0, 1, 1, 1, like, y, 0)
 
 
 @jit
@@ -175,14 +183,30 @@ def write_one(x, like, storage, address, at):
     write_block(x, 0, like, storage, address, at, 0, 1, 1, 1)
 
 
-@jit
-def collect_stored(storage, address, at, reduced, n_reduced, first, n, like, y, y_at):
-    """Copy n elements of a row of any strides to adjacent ones."""
-    done = 0
-    while done < n:
-        start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, X)
-        read_block(storage, address, at + start, 0, 1, step, size, like, y, y_at + done)
-        done += size
+def _collectors(read):
+    """Functions that copy n elements of a row to adjacent ones, and of each row of a strip."""
+
+    @jit
+    def collect_row(storage, address, at, reduced, n_reduced, first, n, like, y, y_at):
+        done = 0
+        while done < n:
+            start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, X)
+            read(storage, address, at + start, 0, 1, step, size, like, y, y_at + done)
+            done += size
+
+    @jit
+    def collect_strip(storage, address, at, reduced, n_reduced, columns, width, first, n, like, y):
+        if columns == 1:
+            collect_row(storage, address, at, reduced, n_reduced, first, n, like, y, 0)
+        else:
+            read(storage, address, at + first * reduced[X], reduced[X], n, 1, width, like, y, 0)
+
+    return collect_row, collect_strip
+
+
+# Where integers do not come, half of the code need not be compiled.
+collect_any, collect_strip_of_any = _collectors(_read_any)
+collect_floats, collect_strip_of_floats = _collectors(_read_floats)
 
 
 @jit
@@ -195,7 +219,8 @@ def distribute_stored(x, x_at, like, storage, address, at, reduced, n_reduced, f
         done += size
 
 
-# Strips of adjacent rows: of each element of a row, so many columns lie side by side.
+# Strips of adjacent rows: of each element of a row, so many columns lie side by side. A strip of one column is a row of
+# any strides.
 
 
 @inline
@@ -210,17 +235,8 @@ def place_of_strip(strip, columns, kept, n_kept):
 
 
 @jit
-def collect_strip(storage, address, at, reduced, n_reduced, columns, width, first, n, like, y):
-    """Copy n elements of each row of a strip; if it has one column, of a row of any strides."""
-    if columns == 1:
-        collect_stored(storage, address, at, reduced, n_reduced, first, n, like, y, 0)
-        return
-    read_block(storage, address, at + first * reduced[X], reduced[X], n, 1, width, like, y, 0)
-
-
-@jit
 def distribute_strip(x, like, storage, address, at, reduced, n_reduced, columns, width, first, n):
-    """Copy n elements to each row of a strip; if it has one column, to a row of any strides."""
+    """Copy n elements to each row of a strip."""
     if columns == 1:
         distribute_stored(x, 0, like, storage, address, at, reduced, n_reduced, first, n)
         return

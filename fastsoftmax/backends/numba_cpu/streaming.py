@@ -32,7 +32,7 @@ from .rows import (
     offset_of,
     write_chunks,
 )
-from .stored import BFLOAT16, FLOAT16, collect_stored, distribute_stored
+from .stored import BFLOAT16, FLOAT16, collect_floats, distribute_stored
 from .terms import constants
 
 FOLD_STATES, NORMALIZE, SOFTMAX_ONE = range(3)
@@ -70,7 +70,7 @@ def fold_stored_into(function, total, storage, address, at, n, reduced, n_reduce
     n_chunks, length, nothing = count_chunks(room, n), chunk_of(room), pointer_to(0, 0)
     for chunk in range(n_chunks):
         size = min(length, n - chunk * length)
-        collect_stored(storage, address, at, reduced, n_reduced, chunk * length, size, room, room, 0)
+        collect_floats(storage, address, at, reduced, n_reduced, chunk * length, size, room, room, 0)
         of_chunk = pointer_to(address_of(states, 3 * chunk), 0.0)
         fold_chunks(function, room, 0, size, nothing, 0, 0, 1, False, room, of_chunk, room, work)
     return _state.merge(total, merge_states(states, n_chunks, room), constants(room).state)
@@ -118,7 +118,7 @@ def run_streaming(
             size = min(length, n - first)
             source, source_at, target, target_at = x, at + first, y, y_at + first
             if n_reduced:
-                collect_stored(storage, x_address, at, reduced, n_reduced, first, size, room, room, 0)
+                collect_floats(storage, x_address, at, reduced, n_reduced, first, size, room, room, 0)
                 source, source_at, target, target_at = room, 0, room, 0
             if (
                 function == NORMALIZE
