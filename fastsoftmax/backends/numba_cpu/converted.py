@@ -6,7 +6,7 @@ Between reading and writing come the kernels of `rows`, so that the bits are tho
 from __future__ import annotations
 
 from .jit import jit, jit_entry
-from .registers import pointer_to, stack_memory
+from .registers import address_of, pointer_to, stack_memory
 from .rows import (
     BATCH_BYTES,
     BYTES_OF_WORK,
@@ -28,7 +28,7 @@ from .rows import (
     run_batch,
     write_chunks,
 )
-from .stored import collect_any, distribute_stored, read_float, write_one
+from .stored import collect_any, collect_floats, distribute_stored, read_float, write_one
 
 
 def bytes_of_converted(n, itemsize):
@@ -44,28 +44,42 @@ def _multiply(p, at, n, factor):
         p[at + j] = p[at + j] * factor if p[at + j] != 0.0 else p[at + j]
 
 
+def _folder(collect):
+    """A function that folds a row of several chunks, of which each is converted first."""
+
+    @jit
+    def fold(function, storage, address, at, reduced, n_reduced, n, room, states, work):
+        """Write the states of the chunks, which come by way of `room`, and merge them."""
+        length, n_chunks, nothing = chunk_of(room), count_chunks(room, n), pointer_to(0, 0)
+        for chunk in range(n_chunks):
+            size = min(length, n - chunk * length)
+            collect(storage, address, at, reduced, n_reduced, chunk * length, size, room, room, 0)
+            of_chunk = pointer_to(address_of(states, 3 * chunk), 0.0)
+            fold_chunks(function, room, 0, size, nothing, 0, 0, 1, False, room, of_chunk, room, work)
+        return merge_states(states, n_chunks, room)
+
+    return fold
+
+
+fold_any, fold_floats = map(_folder, (collect_any, collect_floats))
+
+
 @jit
 def _run_long_row(like, function, storages, addresses, x_at, y_at, reduced, n_reduced, n, factor, scratch, work):
     """Run a row of more than one chunk: each is converted once for the states and once to be written."""
     room, states = pointer_to(scratch, like), pointer_to(scratch + BATCH_BYTES, 0.0)
-    nothing = pointer_to(0, 0)
-    length, n_chunks = chunk_of(room), count_chunks(room, n)
-    for chunk in range(n_chunks):
-        size = min(length, n - chunk * length)
-        collect_any(storages[0], addresses[0], x_at, reduced, n_reduced, chunk * length, size, like, room, 0)
-        of_chunk = pointer_to(scratch + BATCH_BYTES + 24 * chunk, 0.0)
-        fold_chunks(function, room, 0, size, nothing, 0, 0, 1, False, room, of_chunk, room, work)
-    total = merge_states(states, n_chunks, room)
+    nothing, length = pointer_to(0, 0), chunk_of(room)
+    total = fold_any(function, storages[0], addresses[0], x_at, reduced, n_reduced, n, room, states, work)
     if function == LOGSUMEXP:
         room[0] = total.maximum + log_sum_of_row(total, folded_of(total, room))
         write_one(room, like, storages[1], addresses[1], y_at)
         return
-    for chunk in range(n_chunks):
-        size = min(length, n - chunk * length)
-        collect_any(storages[0], addresses[0], x_at, reduced, n_reduced, chunk * length, size, like, room, 0)
+    for first in range(0, n, length):
+        size = min(length, n - first)
+        collect_any(storages[0], addresses[0], x_at, reduced, n_reduced, first, size, like, room, 0)
         write_chunks(function, room, 0, room, 0, size, nothing, 0, 0, 1, False, room, states, total, False, room)
         _multiply(room, 0, size, factor)
-        distribute_stored(room, 0, like, storages[1], addresses[1], y_at, reduced, n_reduced, chunk * length, size)
+        distribute_stored(room, 0, like, storages[1], addresses[1], y_at, reduced, n_reduced, first, size)
 
 
 @jit_entry

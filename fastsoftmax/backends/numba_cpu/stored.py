@@ -1,6 +1,9 @@
 """Elements as they are stored: of any real type, any distance apart, converted on their way to a scratch and back.
 
 Types are numbers at run time, since compiling the kernels anew for each of them would take seconds.
+
+A strip is of adjacent rows: of each element of a row, so many columns lie side by side. One of a single column is a row
+of any strides.
 """
 
 from __future__ import annotations
@@ -161,7 +164,7 @@ def _read_any(storage, address, start, row_step, n_rows, step, n, like, y, y_at)
 
 @jit
 def write_block(x, x_at, like, storage, address, start, row_step, n_rows, step, n):
-    """Copy adjacent numbers, rounded to the type that is computed in, to rows of n elements of a storage."""
+    """Copy adjacent numbers, rounded to the type that is computed in, to rows of n floating-point elements."""
     rows = start, row_step, n_rows, step, n
     if storage == FLOAT32:
         _write_numbers(x, x_at, like, pointer_to(address, np.float32(0)), *rows)
@@ -217,10 +220,6 @@ def distribute_stored(x, x_at, like, storage, address, at, reduced, n_reduced, f
         start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, Y)
         write_block(x, x_at + done, like, storage, address, at + start, 0, 1, step, size)
         done += size
-
-
-# Strips of adjacent rows: of each element of a row, so many columns lie side by side. A strip of one column is a row of
-# any strides.
 
 
 @inline

@@ -11,8 +11,9 @@ import numpy as np
 
 from fastsoftmax import _state
 
+from .converted import fold_floats
 from .jit import inline, jit_entry
-from .registers import address_of, lane, lanes_in, pointer_to, stack_memory
+from .registers import lane, lanes_in, pointer_to, stack_memory
 from .rows import (
     BATCH_BYTES,
     BYTES_OF_WORK,
@@ -56,27 +57,6 @@ def store_packed(states, row, state, x):
 
 
 @inline
-def fold_into(function, total, x, at, n, reduced, n_reduced, scratch, work):
-    """The state with the elements of a row folded into it."""
-    n_chunks = count_chunks(x, n)
-    states, collected = pointer_to(scratch, 0.0), pointer_to(scratch + bytes_of_states(n_chunks), x)
-    fold_chunks(function, x, at, n, reduced, n_reduced, 0, n_chunks, False, x, states, collected, work)
-    return _state.merge(total, merge_states(states, n_chunks, x), constants(x).state)
-
-
-@inline
-def fold_stored_into(function, total, storage, address, at, n, reduced, n_reduced, room, states, work):
-    """The same of a row that is converted, with the same bits."""
-    n_chunks, length, nothing = count_chunks(room, n), chunk_of(room), pointer_to(0, 0)
-    for chunk in range(n_chunks):
-        size = min(length, n - chunk * length)
-        collect_floats(storage, address, at, reduced, n_reduced, chunk * length, size, room, room, 0)
-        of_chunk = pointer_to(address_of(states, 3 * chunk), 0.0)
-        fold_chunks(function, room, 0, size, nothing, 0, 0, 1, False, room, of_chunk, room, work)
-    return _state.merge(total, merge_states(states, n_chunks, room), constants(room).state)
-
-
-@inline
 def largest_of(x, at, n):
     largest = -math.inf
     tops, _ = lane_extremes(x, at, n)
@@ -93,7 +73,8 @@ def run_streaming(
     """Run rows; those that are gathered, or stored in 16 bits, have `n_reduced` dimensions, others 0."""
     x, y, kept = pointer_to(x_address, like), pointer_to(y_address, like), pointer_to(tables, 0)
     reduced, row_states = pointer_to(tables + n_kept * COLUMNS * 8, 0), pointer_to(states_address, 0.0)
-    states, room = pointer_to(scratch, 0.0), pointer_to(scratch + bytes_of_states(count_chunks(x, n)), like)
+    n_chunks = count_chunks(x, n)
+    states, room = pointer_to(scratch, 0.0), pointer_to(scratch + bytes_of_states(n_chunks), like)
     work = make_work(stack_memory(BYTES_OF_WORK), like)
     nothing, no_states, length = pointer_to(0, 0), pointer_to(0, 0.0), chunk_of(x)
     is_converted = storage in (FLOAT16, BFLOAT16)
@@ -105,11 +86,11 @@ def run_streaming(
         if function != NORMALIZE:
             folding = LOGSUMEXP if function == FOLD_STATES else SOFTMAX
             if is_converted:
-                total = fold_stored_into(
-                    folding, total, storage, x_address, at, n, reduced, n_reduced, room, states, work
-                )
+                of_row = fold_floats(folding, storage, x_address, at, reduced, n_reduced, n, room, states, work)
             else:
-                total = fold_into(folding, total, x, at, n, reduced, n_reduced, scratch, work)
+                fold_chunks(folding, x, at, n, reduced, n_reduced, 0, n_chunks, False, x, states, room, work)
+                of_row = merge_states(states, n_chunks, x)
+            total = _state.merge(total, of_row, constants(x).state)
         if function == FOLD_STATES:
             store_packed(row_states, row, total, x)
             continue
