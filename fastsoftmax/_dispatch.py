@@ -146,6 +146,10 @@ class Truncation(NamedTuple):
     top_k: int | None
     top_p: float
 
+    def n_selected(self, n_cols: int) -> int:
+        """How many of a row's elements may have to be found and sorted; as few as make up ``top_p`` may be all."""
+        return self.top_k or (n_cols if self.top_p < 1 else 0)
+
 
 class BackendModule(Protocol):
     """What a module in `fastsoftmax.backends` offers.
@@ -570,8 +574,6 @@ def execute_sampling(
 
     Both arrays are contiguous and have a row for each of the input.
     """
-    # As few as make up top_p may be all.
-    n_selected = terms.top_k or (layout.n_cols if terms.top_p < 1 else 0)
-    plan = module.plan("sample", layout, False, None, n_selected)
+    plan = module.plan("sample", layout, False, None, terms.n_selected(layout.n_cols))
     module.run_sampling(plan, layout, x, uniforms, draws, terms)
     _record(plan)

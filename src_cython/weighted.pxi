@@ -253,7 +253,7 @@ cdef WeightedState fold_weighted(
         size = min(length, n - first)
         gather(a, a_row, first, size, scratch, AS_COMPUTED)
         gather(b, b_row, first, size, factors, AS_COMPUTED)
-        if temperature != 1.0:
+        if temperature != 1.0:  # as a double: rounded to float32 it would be an error of every quotient
             for i in range(size):
                 put(scratch, i, get(scratch, i) / temperature)
         for i in range(size, (size + lanes(a) - 1) // lanes(a) * lanes(a)):

@@ -373,7 +373,7 @@ def run_topk(plan: Plan, layout: Layout, x: Array, values: Array, indices: Array
 
 def run_sampling(plan: Plan, layout: Layout, x: Array, uniforms: Array, draws: Array, terms: Truncation) -> None:
     n, tables = layout.n_cols, _tables(layout.kept + layout.reduced, layout.itemsize)
-    n_selected = terms.top_k or (n if terms.top_p < 1 else 0)
+    n_selected = terms.n_selected(n)
     addresses = tuple(map(_address, (x, uniforms, draws)))
     numbers = (uniforms.shape[1], terms.temperature, terms.top_k or 0, terms.top_p, n_selected)
     arguments = (_storage(x), *addresses, *numbers, _address(tables), len(layout.kept), len(layout.reduced), n)

@@ -7,7 +7,7 @@ converted once.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastsoftmax import _state
 
@@ -29,7 +29,7 @@ from .rows import (
     offset_of,
 )
 from .scalars import exp
-from .stored import collect_floats, distribute_stored
+from .stored import Row, read_part, write_part
 from .terms import constants, rest_over_top
 
 # That of `fold_chunks` in float64.
@@ -38,23 +38,16 @@ BYTES_OF_CROSS_ENTROPY = 3 * CHUNK * 8
 
 
 class Logits(NamedTuple):
-    """Where a row lies, and the cap of its elements, 0 for none."""
+    """A row, and the cap of its elements, 0 for none."""
 
-    storage: int
-    address: int
-    at: int
-    reduced: Any
-    n_reduced: int
-    n: int
+    row: Row
     softcap: float
 
 
 class Targets(NamedTuple):
     """What each class of a row counts: probabilities, or what smoothing adds beside a label; addresses, 0 for none."""
 
-    address: int
-    at: int
-    reduced: Any
+    row: Row
     smoothing: float
     weights: int
     spread: int
@@ -63,12 +56,12 @@ class Targets(NamedTuple):
 @inline
 def _is_counted(targets):
     """Whether more counts than a label."""
-    return targets.address != 0 or targets.spread != 0
+    return targets.row.address != 0 or targets.spread != 0
 
 
 @jit
 def _read_logits(logits, first, n, x):
-    collect_floats(logits.storage, logits.address, logits.at, logits.reduced, logits.n_reduced, first, n, x, x, 0)
+    read_part(logits.row, first, n, x)
     if logits.softcap > 0.0:
         for j in range(n):
             x[j] = logits.softcap * math.tanh(x[j] / logits.softcap)
@@ -76,16 +69,14 @@ def _read_logits(logits, first, n, x):
 
 @jit
 def _read_factors(targets, logits, first, n, factors):
-    if not targets.address:
+    if not targets.row.address:
         spread = pointer_to(targets.spread, 0.0)
         for j in range(n):
             factors[j] = spread[first + j]
         return
-    collect_floats(
-        *(logits.storage, targets.address, targets.at, targets.reduced, logits.n_reduced, first, n, factors, factors, 0)
-    )
+    read_part(targets.row, first, n, factors)
     for j in range(n):
-        factors[j] = factors[j] * (1.0 - targets.smoothing) + targets.smoothing / logits.n
+        factors[j] = factors[j] * (1.0 - targets.smoothing) + targets.smoothing / logits.row.n
     if targets.weights:
         weights = pointer_to(targets.weights, 0.0)
         for j in range(n):
@@ -97,8 +88,8 @@ def _fold_long_row(logits, x, work):
     """What `fold_others` would give for a row of several chunks."""
     of_chunk, nothing = pointer_to(stack_memory(24), 0.0), pointer_to(0, 0)
     total = _state.identity()
-    for first in range(0, logits.n, CHUNK):
-        n = min(CHUNK, logits.n - first)
+    for first in range(0, logits.row.n, CHUNK):
+        n = min(CHUNK, logits.row.n - first)
         _read_logits(logits, first, n, x)
         fold_chunks(LOGSUMEXP, x, 0, n, nothing, 0, 0, 1, False, x, of_chunk, x, work)
         total = _state.merge(total, load_state(of_chunk, 0), constants(x).state)
@@ -109,10 +100,10 @@ def _fold_long_row(logits, x, work):
 def _sum_of_factors(logits, targets, maximum, log_sum, x, factors):
     """sum(factor * ((maximum - x) + log_sum)), and sum(factor); a factor of 0 drops its class, whatever x."""
     loss = loss_rest = factor_sum = factor_rest = 0.0
-    for first in range(0, logits.n, CHUNK):
-        n = min(CHUNK, logits.n - first)
+    for first in range(0, logits.row.n, CHUNK):
+        n = min(CHUNK, logits.row.n - first)
         _read_factors(targets, logits, first, n, factors)
-        if logits.n > CHUNK:
+        if logits.row.n > CHUNK:
             _read_logits(logits, first, n, x)
         for j in range(n):
             if factors[j] != 0.0:
@@ -137,9 +128,9 @@ def _write_gradient(logits, targets, maximum, size, scale, label, of_label, y, y
 
     All is multiplied by the slope of the cap.
     """
-    for first in range(0, logits.n, CHUNK):
-        n = min(CHUNK, logits.n - first)
-        if logits.n > CHUNK:
+    for first in range(0, logits.row.n, CHUNK):
+        n = min(CHUNK, logits.row.n - first)
+        if logits.row.n > CHUNK:
             _read_logits(logits, first, n, x)
             if _is_counted(targets):
                 _read_factors(targets, logits, first, n, factors)
@@ -155,16 +146,16 @@ def _write_gradient(logits, targets, maximum, size, scale, label, of_label, y, y
         if logits.softcap > 0.0:
             for j in range(n):
                 x[j] *= slopes[j]
-        distribute_stored(x, 0, x, logits.storage, y, y_at, logits.reduced, logits.n_reduced, first, n)
+        write_part(x, logits.row, y, y_at, first, n)
 
 
 @jit
 def _write_zeros(logits, y, y_at, x):
-    for j in range(min(logits.n, CHUNK)):
+    for j in range(min(logits.row.n, CHUNK)):
         x[j] = 0.0
-    for first in range(0, logits.n, CHUNK):
-        n = min(CHUNK, logits.n - first)
-        distribute_stored(x, 0, x, logits.storage, y, y_at, logits.reduced, logits.n_reduced, first, n)
+    for first in range(0, logits.row.n, CHUNK):
+        n = min(CHUNK, logits.row.n - first)
+        write_part(x, logits.row, y, y_at, first, n)
 
 
 @jit_entry
@@ -205,7 +196,8 @@ def run_cross_entropy(
     for first in range(first_row, end_row, together):
         count = min(together, end_row - first)
         for s in range(count):
-            logits = Logits(storage, x_address, offset_of(first + s, kept, n_kept, X), reduced, n_reduced, n, softcap)
+            x_at = offset_of(first + s, kept, n_kept, X)
+            logits = Logits(Row(storage, x_address, x_at, reduced, n_reduced, n), softcap)
             if n <= CHUNK:
                 _read_logits(logits, 0, n, pointer_to(address_of(x, s * n), x))
                 work.places[s], work.sizes[s] = s * n, n
@@ -213,9 +205,11 @@ def run_cross_entropy(
         ratios, ratios_low = rest_over_top(folded.largest, folded.high, folded.low, folded.reference)
         for s in range(count):
             row = first + s
-            y_at, target_at = offset_of(row, kept, n_kept, Y), offset_of(row, target_kept, n_kept, X)
-            logits = Logits(storage, x_address, offset_of(row, kept, n_kept, X), reduced, n_reduced, n, softcap)
-            targets = Targets(targets_address, target_at, target_reduced, smoothing, weights_address, spread_address)
+            x_at, y_at = offset_of(row, kept, n_kept, X), offset_of(row, kept, n_kept, Y)
+            target_at = offset_of(row, target_kept, n_kept, X)
+            logits = Logits(Row(storage, x_address, x_at, reduced, n_reduced, n), softcap)
+            of_targets = Row(storage, targets_address, target_at, target_reduced, n_reduced, n)
+            targets = Targets(of_targets, smoothing, weights_address, spread_address)
             of_row = pointer_to(address_of(x, s * n if n <= CHUNK else 0), x)
             label = labels[row] if labels_address else -1
             if labels_address and label < 0:

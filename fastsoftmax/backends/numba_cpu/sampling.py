@@ -7,14 +7,14 @@ the ends of chunks are kept, and those within a chunk computed again for the dra
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, X, offset_of
 from .scalars import exp, largest_in
 from .selection import CHUNK, is_worse, offer, sort_best
-from .stored import collect_floats
+from .stored import Row, read_part
 
 # Of the largest elements, so many are looked at first for those that make up `top_p`, and then so many times as many.
 FIRST_BEST, MORE_BEST = 64, 8
@@ -25,33 +25,28 @@ def bytes_of_sampling(n, n_selected):
     return 8 * (2 * CHUNK + -(-n // CHUNK)) + 24 * n_selected
 
 
-class Row(NamedTuple):
-    """Where a row lies, and its temperature."""
+class Logits(NamedTuple):
+    """A row, and its temperature."""
 
-    storage: int
-    address: int
-    at: int
-    reduced: Any
-    n_reduced: int
-    n: int
+    row: Row
     temperature: float
 
 
 @jit
-def read(row, first, n, x):
-    collect_floats(row.storage, row.address, row.at, row.reduced, row.n_reduced, first, n, x, x, 0)
-    if row.temperature != 1.0:
+def read(logits, first, n, x):
+    read_part(logits.row, first, n, x)
+    if logits.temperature != 1.0:
         for j in range(n):
-            x[j] /= row.temperature
+            x[j] /= logits.temperature
 
 
 @jit
-def find_largest(row, x):
+def find_largest(logits, x):
     """The largest element, NaN if one is; a row of one chunk stays in x."""
     largest, is_nan = -math.inf, False
-    for first in range(0, row.n, CHUNK):
-        n = min(CHUNK, row.n - first)
-        read(row, first, n, x)
+    for first in range(0, logits.row.n, CHUNK):
+        n = min(CHUNK, logits.row.n - first)
+        read(logits, first, n, x)
         of_chunk = largest_in(x, n)
         is_nan = is_nan or math.isnan(of_chunk)
         largest = max(largest, of_chunk)
@@ -76,7 +71,7 @@ def cumulate(terms, n, total):
 
 
 @jit
-def cumulate_chunk(row, first, n, largest, worst, worst_index, total, x, sums):
+def cumulate_chunk(first, n, largest, worst, worst_index, total, x, sums):
     """The cumulative sums of the terms of a chunk that is in x, less those of elements that are worse than one."""
     put_terms(x, n, largest, sums)
     if worst > -math.inf:
@@ -86,14 +81,14 @@ def cumulate_chunk(row, first, n, largest, worst, worst_index, total, x, sums):
 
 
 @jit
-def cumulate_row(row, largest, worst, worst_index, ends, x, sums):
+def cumulate_row(logits, largest, worst, worst_index, ends, x, sums):
     """The sum of all terms, and the sums at the ends of chunks."""
     total = 0.0
-    for first in range(0, row.n, CHUNK):
-        n = min(CHUNK, row.n - first)
-        if row.n > CHUNK:
-            read(row, first, n, x)
-        total = cumulate_chunk(row, first, n, largest, worst, worst_index, total, x, sums)
+    for first in range(0, logits.row.n, CHUNK):
+        n = min(CHUNK, logits.row.n - first)
+        if logits.row.n > CHUNK:
+            read(logits, first, n, x)
+        total = cumulate_chunk(first, n, largest, worst, worst_index, total, x, sums)
         ends[first // CHUNK] = total
     return total
 
@@ -108,23 +103,23 @@ def count_kept(sums, n, limit):
 
 
 @jit
-def find_worst(row, largest, top_k, top_p, whole, x, values, sums, indices):
+def find_worst(logits, largest, top_k, top_p, whole, x, values, sums, indices):
     """The least probable element that may be drawn, and its index; `whole` is the sum of all terms."""
-    k = top_k if top_k else min(row.n, FIRST_BEST)
+    k = top_k if top_k else min(logits.row.n, FIRST_BEST)
     while True:
         count = 0
-        for first in range(0, row.n, CHUNK):
-            n = min(CHUNK, row.n - first)
-            if row.n > CHUNK:
-                read(row, first, n, x)
+        for first in range(0, logits.row.n, CHUNK):
+            n = min(CHUNK, logits.row.n - first)
+            if logits.row.n > CHUNK:
+                read(logits, first, n, x)
             count = offer(x, first, n, k, count, values, indices)
         sort_best(k, count, values, indices)
         put_terms(values, count, largest, sums)
         share = cumulate(sums, count, 0.0)
         limit = top_p * (share if top_k else whole)
-        if top_k or share >= limit or k == row.n:
+        if top_k or share >= limit or k == logits.row.n:
             break
-        k = min(MORE_BEST * k, row.n)
+        k = min(MORE_BEST * k, logits.row.n)
     kept = count_kept(sums, count, limit) if top_p < 1.0 else count
     return values[kept - 1], indices[kept - 1]
 
@@ -149,13 +144,13 @@ def first_above(sums, n, target):
 
 
 @jit
-def draw(row, largest, worst, worst_index, ends, x, sums, uniforms, draws, at, n_draws):
+def draw(logits, largest, worst, worst_index, ends, x, sums, uniforms, draws, at, n_draws):
     """Make draws from a row whose sums are those of its last chunk."""
-    n_chunks = (row.n + CHUNK - 1) // CHUNK
+    n_chunks = (logits.row.n + CHUNK - 1) // CHUNK
     total = ends[n_chunks - 1]
     if n_chunks == 1:
         for j in range(at, at + n_draws):
-            draws[j] = first_above(sums, row.n, target_of(uniforms[j], total))
+            draws[j] = first_above(sums, logits.row.n, target_of(uniforms[j], total))
         return
     for j in range(at, at + n_draws):  # a chunk is below all indices
         draws[j] = -1 - first_above(ends, n_chunks, target_of(uniforms[j], total))
@@ -164,10 +159,10 @@ def draw(row, largest, worst, worst_index, ends, x, sums, uniforms, draws, at, n
             continue
         chunk = -1 - draws[j]
         first = chunk * CHUNK
-        n = min(CHUNK, row.n - first)
-        read(row, first, n, x)
+        n = min(CHUNK, logits.row.n - first)
+        read(logits, first, n, x)
         before = ends[chunk - 1] if chunk else 0.0
-        cumulate_chunk(row, first, n, largest, worst, worst_index, before, x, sums)
+        cumulate_chunk(first, n, largest, worst, worst_index, before, x, sums)
         for i in range(j, at + n_draws):
             if draws[i] == -1 - chunk:
                 draws[i] = first + first_above(sums, n, target_of(uniforms[i], total))
@@ -190,8 +185,9 @@ def run_sampling(
     values, sums_of_best = pointer_to(of_best, 0.0), pointer_to(of_best + 8 * n_selected, 0.0)
     indices = pointer_to(of_best + 16 * n_selected, 0)
     for index in range(first_row, end_row):
-        row = Row(storage, x_address, offset_of(index, kept, n_kept, X), reduced, n_reduced, n, temperature)
-        largest, at = find_largest(row, x), index * n_draws
+        row = Row(storage, x_address, offset_of(index, kept, n_kept, X), reduced, n_reduced, n)
+        logits = Logits(row, temperature)
+        largest, at = find_largest(logits, x), index * n_draws
         if not math.isfinite(largest):
             for j in range(at, at + n_draws):
                 draws[j] = -1
@@ -199,7 +195,7 @@ def run_sampling(
         worst, worst_index, whole = -math.inf, n, 0.0
         if top_k or top_p < 1.0:
             if not top_k:
-                whole = cumulate_row(row, largest, worst, worst_index, ends, x, sums)
-            worst, worst_index = find_worst(row, largest, top_k, top_p, whole, x, values, sums_of_best, indices)
-        cumulate_row(row, largest, worst, worst_index, ends, x, sums)
-        draw(row, largest, worst, worst_index, ends, x, sums, uniforms, draws, at, n_draws)
+                whole = cumulate_row(logits, largest, worst, worst_index, ends, x, sums)
+            worst, worst_index = find_worst(logits, largest, top_k, top_p, whole, x, values, sums_of_best, indices)
+        cumulate_row(logits, largest, worst, worst_index, ends, x, sums)
+        draw(logits, largest, worst, worst_index, ends, x, sums, uniforms, draws, at, n_draws)

@@ -11,7 +11,7 @@ from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, X, offset_of
 from .scalars import largest_in
-from .stored import collect_floats, write_block
+from .stored import Row, read_part, write_block
 
 CHUNK = 4096
 
@@ -80,12 +80,12 @@ def sort_best(k, count, values, indices):
 
 
 @jit
-def put_nan_first(storage, x, at, reduced, n_reduced, n, k, row, selected, indices):
+def put_nan_first(source, k, row, selected, indices):
     """The indices of a row with NaN, which count as the largest."""
     count = 0
-    for first in range(0, n, CHUNK):
-        size = min(CHUNK, n - first)
-        collect_floats(storage, x, at, reduced, n_reduced, first, size, row, row, 0)
+    for first in range(0, source.n, CHUNK):
+        size = min(CHUNK, source.n - first)
+        read_part(source, first, size, row)
         for j in range(size):
             if math.isnan(row[j]) and count < k:
                 indices[count] = first + j
@@ -104,11 +104,12 @@ def run_selection(storages, x, results, indices_address, k, tables, n_kept, n_re
     row, values = pointer_to(scratch, 0.0), pointer_to(scratch + 8 * CHUNK, 0.0)
     selected = pointer_to(scratch + 8 * (CHUNK + k), 0)
     for index in range(first_row, end_row):
-        at, indices = offset_of(index, kept, n_kept, X), pointer_to(indices_address + 8 * index * k, 0)
+        source = Row(storages[0], x, offset_of(index, kept, n_kept, X), reduced, n_reduced, n)
+        indices = pointer_to(indices_address + 8 * index * k, 0)
         count, has_nan = 0, False
         for first in range(0, n, CHUNK):
             size = min(CHUNK, n - first)
-            collect_floats(storages[0], x, at, reduced, n_reduced, first, size, row, row, 0)
+            read_part(source, first, size, row)
             count = offer(row, first, size, k, count, values, selected)
             has_nan = has_nan or math.isnan(largest_in(row, size))
         sort_best(k, count, values, selected)
@@ -116,4 +117,4 @@ def run_selection(storages, x, results, indices_address, k, tables, n_kept, n_re
         for j in range(count):
             indices[j] = selected[j]
         if has_nan:
-            put_nan_first(storages[0], x, at, reduced, n_reduced, n, k, row, selected, indices)
+            put_nan_first(source, k, row, selected, indices)

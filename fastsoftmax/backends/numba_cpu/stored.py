@@ -8,6 +8,8 @@ of any strides.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import types
 
@@ -21,6 +23,17 @@ STORAGES = (
     *("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
 )
 (FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64) = range(13)
+
+
+class Row(NamedTuple):
+    """Where a row of any strides lies."""
+
+    storage: int
+    address: int
+    at: int
+    reduced: Any
+    n_reduced: int
+    n: int
 
 
 def _rounded(like, value):
@@ -210,6 +223,18 @@ def _collectors(read):
 # Where integers do not come, half of the code need not be compiled.
 collect_any, collect_strip_of_any = _collectors(_read_any)
 collect_floats, collect_strip_of_floats = _collectors(_read_floats)
+
+
+@jit
+def read_part(row, first, n, x):
+    """Copy n elements of a row of floating-point numbers."""
+    collect_floats(row.storage, row.address, row.at, row.reduced, row.n_reduced, first, n, x, x, 0)
+
+
+@jit
+def write_part(x, row, y, y_at, first, n):
+    """Copy n numbers to their place in a row of an output, of the same storage and dimensions."""
+    distribute_stored(x, 0, x, row.storage, y, y_at, row.reduced, row.n_reduced, first, n)
 
 
 @jit
