@@ -338,6 +338,14 @@ MUTANTS = (
         ("test_properties.py", "test_semantics.py"),
     ),
     Mutant(
+        "numba-kernels-of-one-name",
+        "fastsoftmax/backends/numba_cpu/jit.py",
+        '        function.__qualname__ += f"({names})"\n',
+        "        pass\n",
+        "Numba kernels that differ in what they close over have one name.",
+        ("test_numba_cpu.py",),
+    ),
+    Mutant(
         "numba-ties-rounded-up",
         "fastsoftmax/backends/numba_cpu/stored.py",
         " - 1 + ((size >> shift) & 1)) >> shift)",

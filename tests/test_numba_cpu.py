@@ -183,6 +183,71 @@ def test_arithmetic_is_that_of_every_lane(dtype, of, rng):
     np.testing.assert_array_equal(y[n : 2 * n], np.where((a < b) & (b > 0.5), np.floor(a * 8), dtype(0.25)))
 
 
+TWO_OF_ONE_NAME = """
+from fastsoftmax.backends.numba_cpu.jit import inline, jit, jit_entry
+
+
+def total_of(operation):
+    @jit
+    def total(x):
+        result = 0.0
+        for i in range(len(x)):
+            result += operation(x[i])
+            if result < 0:
+                print(result, x[i])  # so that it is not inlined
+        return result
+
+    return total
+
+
+@inline
+def double(x):
+    return 2 * x
+
+
+@inline
+def triple(x):
+    return 3 * x
+
+
+total_of_doubles, total_of_triples = map(total_of, (double, triple))
+
+
+@jit_entry
+def doubles(x):
+    return total_of_doubles(x)
+
+
+@jit_entry
+def triples(x):
+    return total_of_triples(x)
+"""
+
+
+def test_kernels_of_one_name_are_kept_apart(tmp_path):
+    """One that another process has compiled and kept does not meet another that this one compiles."""
+    (tmp_path / "two_of_one_name.py").write_text(TWO_OF_ONE_NAME)
+    code = "import sys, numpy, two_of_one_name as m; print(*(getattr(m, f)(numpy.ones(3)) for f in sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path)}
+    results = []
+    for functions in (["doubles"], ["triples", "doubles"], ["doubles", "triples"]):
+        command = [sys.executable, "-c", code, *functions]
+        results.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert results == ["6.0\n", "9.0 6.0\n", "6.0 9.0\n"]
+
+
+def test_no_two_kernels_have_one_name():
+    kernels = {
+        kernel.py_func
+        for module in vars(numba_cpu).values()
+        if getattr(module, "__name__", "").startswith(numba_cpu.__name__)
+        for kernel in vars(module).values()
+        if isinstance(kernel, numba.core.dispatcher.Dispatcher)
+    }
+    assert len(kernels) > 100
+    assert len({(kernel.__module__, kernel.__qualname__) for kernel in kernels}) == len(kernels)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 10**12])
 def test_only_the_first_lanes_are_loaded_and_stored(dtype, of, count):
     @numba.njit

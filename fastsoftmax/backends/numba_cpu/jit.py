@@ -10,11 +10,22 @@ from numba.extending import overload, register_jitable
 
 from fastsoftmax import _state
 
-Decorator = Callable[[Callable[..., Any]], Any]
-
 # No flag lets LLVM change what is computed: it would simplify rounding steps away. What is to be fused is written so.
-jit: Decorator = njit(nogil=True)
-inline: Decorator = njit(nogil=True, forceinline=True)
+inline: Callable[[Callable[..., Any]], Any] = njit(nogil=True, forceinline=True)
+
+
+def jit(function):
+    """Compile a kernel; one that was made by another function is named after those it closes over.
+
+    Numba tells compiled functions apart by their names, the types of their arguments, and when their process compiled
+    them. A kernel that is kept for all processes keeps those that it calls. So where two have the same name and types,
+    a process that loads one and compiles the other may run either for both.
+    """
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    if cells:
+        names = ", ".join(cell.__qualname__ for cell in cells)
+        function.__qualname__ += f"({names})"
+    return njit(nogil=True)(function)
 
 
 def jit_entry(function):
