@@ -16,10 +16,10 @@ from fastsoftmax import _dispatch
 from fastsoftmax._dispatch import (
     Adjustment,
     BackendModule,
-    Factors,
     Function,
     execute,
     execute_adjusted,
+    execute_weighted,
     is_on_gpu,
     select,
     select_on_gpu,
@@ -291,36 +291,30 @@ def logsumexp(
             return module.compute_weighted(a, axis, b, out, keepdims, return_sign)
         return module.compute("logsumexp", a, axis, out, keepdims, name="a")
     terms, mask = _numbers_and_mask(a, "a", where)
-    factors: Array | None = None
+    factors = None if b is None else _numbers(b, "b")
     temperature = _check_temperature(temperature)
     asked = None if dtype is None else _check_dtype(dtype, terms, "a")
+    if asked is not None and factors is not None:
+        _check_dtype(asked, factors, "b")
+    elif factors is not None:
+        asked = _common_dtype("a", a, terms, "b", b, factors)
     working, result_dtype = _dtypes(terms.dtype if asked is None else asked, "logsumexp")
-    if b is not None:
-        factors = _numbers(b, "b")
-        if asked is None:
-            working, result_dtype = _dtypes(_common_dtype("a", a, terms, "b", b, factors), "logsumexp")
-        else:
-            _check_dtype(asked, factors, "b")
-        working = _wide_enough(working, temperature)
-        terms, factors = _broadcast(readable(terms, working), readable(factors, working))
-        if mask is not None:
-            factors = np.where(_broadcast_mask(mask, terms.shape, "a"), factors, factors.dtype.type(0))
-            mask = None
-    axes = normalize_axes(axis, terms.ndim)
     working = _wide_enough(working, temperature)
-    module = select(working, terms.size, backend)
-    reading, writing = working, working
-    if factors is None:
-        reading, writing = _read_and_written_as(module, terms.dtype, working, result_dtype)
+    size = terms.size if factors is None else _broadcast(terms, factors)[0].size
+    module = select(working, size, backend)
+    reading, writing = _read_and_written_as(module, terms.dtype, working, result_dtype)
+    if factors is not None:
+        factors = readable(factors, _read_and_written_as(module, factors.dtype, working, result_dtype)[0])
+        terms, factors = _broadcast(readable(terms, reading), factors)
+        mask = None if mask is None else _broadcast_mask(mask, terms.shape, "a")
+    axes = normalize_axes(axis, terms.ndim)
     shape = _reduced_shape(terms.shape, axes, keepdims)
     log_dtype = np.empty(0, result_dtype).real.dtype if return_sign else result_dtype
     if out is not None:
         _check_out(out, shape, log_dtype)
-    is_converted = _is_converted(module, working, reading, writing)
-    adjustment = _adjustment(module, mask, temperature, working, is_converted, out)
-    if factors is not None:  # which the mask and the temperature have gone to
-        adjustment = None
-    log_sum, sign = _log_sums_with_signs(shape, working) if factors is not None and return_sign else (None, None)
+    is_adjusted = factors is not None or _is_converted(module, working, reading, writing)
+    adjustment = _adjustment(module, mask, temperature, working, is_adjusted, out)
+    log_sum, sign = _log_sums_with_signs(shape, writing) if factors is not None and return_sign else (None, None)
     if log_sum is None:
         is_direct = out is not None and _is_writable_as(out, writing) and not _shares_memory(out, terms, factors)
         log_sum = out if out is not None and is_direct else np.empty(shape, writing)
@@ -329,13 +323,13 @@ def logsumexp(
     else:
         data = readable(terms, reading)
         rows = log_sum if keepdims else np.expand_dims(log_sum, axes) if terms.ndim else log_sum
-        layout = make_layout(data, axes, rows, factors if adjustment is None else adjustment.mask)
-        if adjustment is not None:
-            execute_adjusted(module, "logsumexp", layout, data, rows, adjustment)
-        elif factors is None:
+        layout = make_layout(data, axes, rows, factors, None if adjustment is None else adjustment.mask)
+        if adjustment is None:
             execute(module, "logsumexp", layout, data, rows)
+        elif factors is None:
+            execute_adjusted(module, "logsumexp", layout, data, rows, adjustment)
         else:
-            execute(module, "weighted_logsumexp", layout, data, rows, factors=Factors(factors, sign, temperature))
+            execute_weighted(module, layout, data, rows, factors, sign, adjustment)
     if not return_sign:
         return _deliver(log_sum, out, result_dtype)
     if sign is None:
@@ -378,7 +372,7 @@ def _map_rows(
     else:
         target, in_place = empty_like(logits, writing), False
     if target.size and adjustment is not None:
-        layout = make_layout(data, axes, target, adjustment.mask)
+        layout = make_layout(data, axes, target, mask=adjustment.mask)
         execute_adjusted(module, function, layout, data, target, adjustment)
     elif target.size:
         execute(module, function, make_layout(data, axes, target), data, target, in_place)
@@ -463,20 +457,24 @@ def _adjustment(
     mask: Array | None,
     temperature: float,
     working: np.dtype[Any],
-    is_converted: bool,
+    is_adjusted: bool,
     out: Array | None,
 ) -> Adjustment | None:
-    """Return what a backend has to do to the elements, or None; refuse the backend that cannot."""
-    if mask is None and temperature == 1 and not is_converted:
+    """Return what a backend has to do to the elements, or None; refuse the backend that cannot.
+
+    It has something to do where there is a mask or a temperature, or where it ``is_adjusted`` anyhow.
+    """
+    is_changed = mask is not None or temperature != 1
+    if not (is_changed or is_adjusted):
         return None
-    if not hasattr(module, "run_adjusted"):
+    if is_changed and not hasattr(module, "run_adjusted"):
         raise TypeError(f"backend 'cuda' takes no {'where' if mask is not None else 'temperature'}")
     if mask is not None and out is not None and np.may_share_memory(mask, out):
         mask = mask.copy()
     return Adjustment(mask, temperature, working)
 
 
-def _common_dtype(a_name: str, a: ArrayLike, terms: Array, b_name: str, b: ArrayLike, factors: Array) -> np.dtype[Any]:
+def _common_dtype(a_name: str, a: object, terms: Array, b_name: str, b: object, factors: Array) -> np.dtype[Any]:
     """Return the dtype that a and b combine to; a Python number takes that of the other, as everywhere in NumPy."""
     operands = [
         value if type(value) is complex else _dtypes(array.dtype, "logsumexp")[1]

@@ -29,7 +29,7 @@ from fastsoftmax._api import (
     _read_as,
     _reduced_shape,
 )
-from fastsoftmax._dispatch import Factors, Function, execute, is_on_gpu, select, select_on_gpu
+from fastsoftmax._dispatch import Function, execute, is_on_gpu, select, select_on_gpu
 from fastsoftmax._layout import Array, make_layout, normalize_axes, readable
 from fastsoftmax._outputs import empty_like
 
@@ -278,5 +278,5 @@ def _vjp(
         target, in_place = empty_like(values, working), []
     if target.size:
         layout = make_layout(data, axes, target, gradient)
-        execute(module, function, layout, data, target, bool(in_place), Factors(gradient, None))
+        execute(module, function, layout, data, target, bool(in_place), gradient)
     return _deliver(target, out, dtype)

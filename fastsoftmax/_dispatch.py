@@ -1,7 +1,7 @@
 """Which backend serves a call.
 
 A `Backend` record names a module with two functions, ``plan(function, layout, in_place)`` and ``run(plan, layout, x,
-out, factors)``, and says for which calls it is meant. `select` takes the first record that fits, unless the caller
+out, g)``, and says for which calls it is meant. `select` takes the first record that fits, unless the caller
 forces one: by the ``backend`` argument, by `use_backend`, or by the environment variable ``FASTSOFTMAX_BACKEND``, in
 this order. A forced backend that cannot serve the call is an error, never a fallback.
 """
@@ -60,25 +60,6 @@ class Plan:
     isa: str | None
     schedule: Schedule
     launch: LaunchPlan | None = None
-
-
-class Factors(NamedTuple):
-    """What a weighted sum, or a vector-Jacobian product, has besides its input and its output.
-
-    Parameters
-    ----------
-    b : ndarray
-        The factors of the exponentials, or the gradient, of the shape and dtype of the input.
-    sign : ndarray or None
-        Where the signs of the sums go, with the strides of the output. Where it is None, the logarithm of a negative
-        sum is NaN.
-    temperature : float
-        What the input of a weighted sum is divided by, first; quotients are rounded.
-    """
-
-    b: Array
-    sign: Array | None
-    temperature: float = 1.0
 
 
 class CrossEntropy(NamedTuple):
@@ -155,8 +136,8 @@ class BackendModule(Protocol):
     """What a module in `fastsoftmax.backends` offers.
 
     ``READS`` names the 16-bit dtypes that it reads and writes as they are, and computes in float32; ``CONVERTS`` the
-    dtypes that its `run_adjusted` converts in passing. Others are converted for it. Arrays of states are float64 and
-    have a row for each state: see `fastsoftmax._state.pack`.
+    dtypes that its `run_adjusted` and `run_weighted` convert in passing. Others are converted for it. Arrays of states
+    are float64 and have a row for each state: see `fastsoftmax._state.pack`.
     """
 
     READS: frozenset[str]
@@ -171,7 +152,11 @@ class BackendModule(Protocol):
         n_selected: int = 0,
     ) -> Plan: ...
 
-    def run(self, plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None: ...
+    def run(self, plan: Plan, layout: Layout, x: Array, out: Array, g: Array | None) -> None: ...
+
+    def run_weighted(
+        self, plan: Plan, layout: Layout, a: Array, out: Array, b: Array, sign: Array | None, adjustment: Adjustment
+    ) -> None: ...
 
     def run_adjusted(self, plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None: ...
 
@@ -510,11 +495,14 @@ def execute(
     x: Array,
     out: Array,
     in_place: bool = False,
-    factors: Factors | None = None,
+    g: Array | None = None,
 ) -> None:
-    """Plan one call, run it, and tell the recorder, if there is one, what served it."""
+    """Plan one call, run it, and tell the recorder, if there is one, what served it.
+
+    A vector-Jacobian product has a gradient ``g``, of the shape and dtype of ``x``.
+    """
     plan = module.plan(function, layout, in_place)
-    module.run(plan, layout, x, out, factors)
+    module.run(plan, layout, x, out, g)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)
 
@@ -527,6 +515,19 @@ def execute_adjusted(
     module.run_adjusted(plan, layout, x, out, adjustment)
     if (plans := choices.get().plans) is not None:
         plans.append(plan)
+
+
+def execute_weighted(
+    module: BackendModule, layout: Layout, a: Array, out: Array, b: Array, sign: Array | None, adjustment: Adjustment
+) -> None:
+    """`execute` for a logsumexp with the factors ``b``, of the shape of ``a``; quotients by a temperature are rounded.
+
+    Signs of sums go to ``sign``, with the dtype and the strides of the output. Where it is None, the logarithm of a
+    negative sum is NaN.
+    """
+    plan = module.plan("weighted_logsumexp", layout, False)
+    module.run_weighted(plan, layout, a, out, b, sign, adjustment)
+    _record(plan)
 
 
 def execute_cross_entropy(

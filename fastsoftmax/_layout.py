@@ -21,12 +21,13 @@ Array = NDArray[Any]
 
 
 class Dimension(NamedTuple):
-    """One dimension of a layout: its size and its byte strides in the input, in the output and in the factors b."""
+    """One dimension of a layout: its size and its byte strides in the input, the output, the factors b and the mask."""
 
     size: int
     x_stride: int
     y_stride: int
     b_stride: int = 0
+    mask_stride: int = 0
 
     def continues(self, inner: Dimension) -> bool:
         """Whether this dimension steps exactly over ``inner``, so that the two are one."""
@@ -34,6 +35,7 @@ class Dimension(NamedTuple):
             self.x_stride == inner.size * inner.x_stride
             and self.y_stride == inner.size * inner.y_stride
             and self.b_stride == inner.size * inner.b_stride
+            and self.mask_stride == inner.size * inner.mask_stride
         )
 
 
@@ -131,25 +133,34 @@ def readable(x: Array, dtype: np.dtype[Any]) -> Array:
         return x.astype(dtype, order="K")
 
 
-def make_layout(x: Array, axes: Sequence[int], out: Array, b: Array | None = None, in_order: bool = False) -> Layout:
-    """Lay out ``x``, ``out`` and the factors ``b``, if there are any, as rows along ``axes``.
+def make_layout(
+    x: Array,
+    axes: Sequence[int],
+    out: Array,
+    b: Array | None = None,
+    mask: Array | None = None,
+    in_order: bool = False,
+) -> Layout:
+    """Lay out ``x``, ``out``, and the factors ``b`` and the ``mask`` if there are any, as rows along ``axes``.
 
-    ``b`` has the shape of ``x``; so has ``out``, or that shape with every reduced axis of length 1. If ``in_order``,
-    rows are enumerated in the order of the axes, whatever that in memory.
+    ``b`` and ``mask`` have the shape of ``x``; so has ``out``, or that shape with every reduced axis of length 1. If
+    ``in_order``, rows are enumerated in the order of the axes, whatever that in memory.
     """
     is_converted = out.itemsize != x.itemsize
-    is_usual = b is None and axes == (x.ndim - 1,) and out.shape == x.shape and not is_converted
+    is_plain = b is None and mask is None and not is_converted
+    is_usual = is_plain and axes == (x.ndim - 1,) and out.shape == x.shape
     if is_usual and x.flags.c_contiguous and out.flags.c_contiguous:
         # What the general way finds, in a third of its time: most calls are this one.
         return c_order_layout(x.size // x.shape[-1], x.shape[-1], 1, x.itemsize)
-    b_strides = (0,) * x.ndim if b is None else b.strides
+    strides = [(0,) * x.ndim if array is None else array.strides for array in (x, out, b, mask)]
     kept, reduced = [], []
-    for axis, (size, *strides) in enumerate(zip(x.shape, x.strides, out.strides, b_strides, strict=True)):
-        x_stride, y_stride, b_stride = strides
+    for axis, dimension in enumerate(map(Dimension, x.shape, *strides)):
         if axis not in axes:
-            kept.append(Dimension(size, x_stride, y_stride, b_stride))
+            kept.append(dimension)
+        elif out.shape[axis] == dimension.size:
+            reduced.append(dimension)
         else:
-            reduced.append(Dimension(size, x_stride, y_stride if out.shape[axis] == size else 0, b_stride))
+            reduced.append(dimension._replace(y_stride=0))
     one = Dimension(1, x.itemsize, out.itemsize)
     return Layout(_fuse(kept, in_order), _fuse(reduced) or (one,), x.itemsize, out.itemsize if is_converted else 0)
 

@@ -48,7 +48,7 @@ def run_adjusted(
     is_single : bool
         Whether float32 is computed in, not float64.
     kept, reduced : tuple of Dimension
-        The layout, with the mask for factors.
+        The layout.
     x, out : ndarray
         Aligned and native, stored in these ways.
     mask : ndarray or None
@@ -74,7 +74,7 @@ def run_adjusted(
         adjusted.temperature = temperature_of(temperature, <const f64v*>NULL)
     if mask is not None:
         adjusted.mask = <const char*>cnp.PyArray_DATA(mask)
-    adjusted.mask_kept, adjusted.mask_row = dimensions_of_factors(kept), dimensions_of_factors(reduced)
+    adjusted.mask_kept, adjusted.mask_row = dimensions_of_mask(kept), dimensions_of_mask(reduced)
     if traversal != GATHER:
         run_job(&job, x, out, n_blocks, n_threads, True)
         return
@@ -85,6 +85,14 @@ def run_adjusted(
     run_in_parts(run_adjusted_block_of_call, &call, &call.first, n_blocks, n_threads)
     if call.lacks_memory:
         raise MemoryError("no memory for the scratch of a softmax row")
+
+
+cdef Dimensions dimensions_of_mask(tuple layout):
+    """The dimensions with the strides of the mask for those of the input."""
+    cdef Dimensions result = dimensions(layout)
+    for i, dimension in enumerate(layout):
+        result.x_stride[i] = dimension.mask_stride
+    return result
 
 
 cdef inline bint is_divided(const Job* job) noexcept nogil:

@@ -241,35 +241,16 @@ cdef double weighted_log_sum(WeightedState state, double* sign) noexcept nogil:
     return result + low
 
 
-cdef WeightedState fold_weighted(
-    const vec* a, const vec* b, const Dimensions* a_row, const Dimensions* b_row, Py_ssize_t n, double temperature,
-    vec* scratch
-) noexcept nogil:
-    """The state of a row of any strides; `scratch` has room for two chunks."""
-    cdef Py_ssize_t length = weighted_length(a), first = 0, size, i
-    cdef vec* factors = <vec*>at(<const vec*>scratch, length)
-    cdef WeightedState total = weighted_identity()
-    while first < n:
-        size = min(length, n - first)
-        gather(a, a_row, first, size, scratch, AS_COMPUTED)
-        gather(b, b_row, first, size, factors, AS_COMPUTED)
-        if temperature != 1.0:  # as a double: rounded to float32 it would be an error of every quotient
-            for i in range(size):
-                put(scratch, i, get(scratch, i) / temperature)
-        for i in range(size, (size + lanes(a) - 1) // lanes(a) * lanes(a)):
-            put(scratch, i, 0.0)
-            put(factors, i, 0.0)
-        total = merge_weighted(total, fold_weighted_chunk(scratch, <const vec*>factors, size, total.offset))
-        first += size
-    return total
-
-
 cdef struct WeightedCall:
-    const void* a
-    const void* b
-    void* y
-    void* signs
+    const char* a
+    const char* b
+    const char* mask  # NULL for none
+    char* y
+    char* signs  # NULL for none
     bint is_single
+    Storage a_storage
+    Storage b_storage
+    Storage storage  # of the output and the signs
     double temperature
     Py_ssize_t first  # block of the part of the call that runs now
     Py_ssize_t n_blocks
@@ -278,35 +259,44 @@ cdef struct WeightedCall:
     Dimensions a_row
     Dimensions b_kept
     Dimensions b_row
+    Dimensions mask_kept
+    Dimensions mask_row
 
 
 def run_weighted(
-    tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b, cnp.ndarray out, cnp.ndarray sign, double temperature,
-    Py_ssize_t n_blocks, int n_threads
+    bint is_single, int a_storage, int b_storage, int storage, tuple kept, tuple reduced, cnp.ndarray a, cnp.ndarray b,
+    cnp.ndarray out, cnp.ndarray sign, cnp.ndarray mask, double temperature, Py_ssize_t n_blocks, int n_threads
 ):
     """Run a weighted logsumexp.
 
     Parameters
     ----------
+    is_single : bool
+        Whether float32 is computed in, not float64.
+    a_storage, b_storage, storage : int
+        How elements of `a`, of `b`, and of `out` lie in memory.
     kept, reduced : tuple of Dimension
         The layout.
     a, b, out : ndarray
-        Aligned and native, all float32 or all float64.
+        Aligned and native, stored in these ways.
     sign : ndarray or None
-        Where the signs go, with the strides of `out`; None to have NaN for the logarithm of a negative sum.
+        Where the signs go, like `out`; None to have NaN for the logarithm of a negative sum.
+    mask : ndarray or None
+        Of bool: which elements count.
     temperature : float
         What `a` is divided by.
     n_blocks, n_threads : int
         Into how many equal parts it is cut, and how many threads share them.
     """
     cdef WeightedCall call
-    call.a, call.b, call.y = cnp.PyArray_DATA(a), cnp.PyArray_DATA(b), cnp.PyArray_DATA(out)
-    call.signs = NULL if sign is None else cnp.PyArray_DATA(sign)
-    call.temperature = temperature
-    call.is_single, call.n_blocks = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32, n_blocks
-    call.lacks_memory = False
+    call.a, call.b, call.y = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b), cnp.PyArray_BYTES(out)
+    call.signs = NULL if sign is None else cnp.PyArray_BYTES(sign)
+    call.mask = NULL if mask is None else cnp.PyArray_BYTES(mask)
+    call.a_storage, call.b_storage, call.storage = <Storage>a_storage, <Storage>b_storage, <Storage>storage
+    call.is_single, call.temperature, call.n_blocks, call.lacks_memory = is_single, temperature, n_blocks, False
     call.a_kept, call.a_row = dimensions(kept), dimensions(reduced)
     call.b_kept, call.b_row = dimensions_of_factors(kept), dimensions_of_factors(reduced)
+    call.mask_kept, call.mask_row = dimensions_of_mask(kept), dimensions_of_mask(reduced)
     run_in_parts(run_weighted_block_of_call, &call, &call.first, n_blocks, n_threads)
     if call.lacks_memory:
         raise MemoryError("no memory for the scratch of a weighted sum")
@@ -316,11 +306,9 @@ cdef void run_weighted_block_of_call(void* context, Py_ssize_t block) noexcept n
     cdef WeightedCall* call = <WeightedCall*>context
     cdef bint has_memory
     if call.is_single:
-        has_memory = run_weighted_block(
-            <const f32v*>call.a, <const f32v*>call.b, <f32v*>call.y, <f32v*>call.signs, call, call.first + block)
+        has_memory = run_weighted_block(call, call.first + block, <const f32v*>NULL)
     else:
-        has_memory = run_weighted_block(
-            <const f64v*>call.a, <const f64v*>call.b, <f64v*>call.y, <f64v*>call.signs, call, call.first + block)
+        has_memory = run_weighted_block(call, call.first + block, <const f64v*>NULL)
     if not has_memory:
         call.lacks_memory = True
 
@@ -333,26 +321,50 @@ cdef Dimensions dimensions_of_factors(tuple layout):
     return result
 
 
-cdef bint run_weighted_block(
-    const vec* a, const vec* b, vec* y, vec* signs, const WeightedCall* call, Py_ssize_t block
+cdef WeightedState fold_weighted(
+    const WeightedCall* call, const char* a, const char* b, const char* mask, Py_ssize_t n, vec* scratch
 ) noexcept nogil:
-    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept), row, a_offset, b_offset, y_offset
+    """The state of a row of any strides; `scratch` has room for two chunks."""
+    cdef Py_ssize_t length = weighted_length(<const vec*>scratch), width = lanes(<const vec*>scratch), first = 0, size, i
+    cdef vec* factors = <vec*>at(<const vec*>scratch, length)
+    cdef WeightedState total = weighted_identity()
+    while first < n:
+        size = min(length, n - first)
+        gather(a, &call.a_row, first, size, scratch, call.a_storage)
+        gather(b, &call.b_row, first, size, factors, call.b_storage)
+        if mask != NULL:  # a factor of 0 drops its term, whatever that is
+            hide(factors, mask, &call.mask_row, first, size, 0.0)
+        if call.temperature != 1.0:  # as a double: rounded to float32 it would be an error of every quotient
+            for i in range(size):
+                put(scratch, i, get(scratch, i) / call.temperature)
+        for i in range(size, (size + width - 1) // width * width):
+            put(scratch, i, 0.0)
+            put(factors, i, 0.0)
+        total = merge_weighted(total, fold_weighted_chunk(scratch, <const vec*>factors, size, total.offset))
+        first += size
+    return total
+
+
+cdef bint run_weighted_block(const WeightedCall* call, Py_ssize_t block, const vec* like) noexcept nogil:
+    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept), row
+    cdef Py_ssize_t a_offset, b_offset, mask_offset, y_offset
     cdef double result, sign
-    cdef vec* scratch = <vec*>malloc(2 * weighted_length(a) * itemsize(a))
+    cdef vec* scratch = <vec*>malloc(2 * weighted_length(like) * itemsize(like))
     if scratch == NULL:
         return False
     for row in range(n_rows * block // call.n_blocks, n_rows * (block + 1) // call.n_blocks):
         locate(&call.b_kept, row, &b_offset, &y_offset)
+        locate(&call.mask_kept, row, &mask_offset, &y_offset)
         locate(&call.a_kept, row, &a_offset, &y_offset)
         result = weighted_log_sum(
             fold_weighted(
-                <const vec*>(<const char*>a + a_offset), <const vec*>(<const char*>b + b_offset), &call.a_row,
-                &call.b_row, n, call.temperature, scratch),
+                call, call.a + a_offset, call.b + b_offset, NULL if call.mask == NULL else call.mask + mask_offset, n,
+                scratch),
             &sign)
-        if signs != NULL:
-            put(<vec*>(<char*>signs + y_offset), 0, sign)
+        if call.signs != NULL:
+            store_stored(call.signs + y_offset, splat(sign, like), 1, call.storage)
         elif sign < 0.0:
             result = INFINITY - INFINITY
-        put(<vec*>(<char*>y + y_offset), 0, result)
+        store_stored(call.y + y_offset, splat(result, like), 1, call.storage)
     free(scratch)
     return True

@@ -311,6 +311,22 @@ MUTANTS = (
         ("test_weighted.py", "test_derivatives.py"),
     ),
     Mutant(
+        "masks-that-are-broadcast",
+        "fastsoftmax/_layout.py",
+        "            and self.mask_stride == inner.size * inner.mask_stride\n",
+        "",
+        "Dimensions are fused that are not one in the memory of the mask.",
+        ("test_where.py", "test_weighted.py"),
+    ),
+    Mutant(
+        "masked-from-the-first-chunk",
+        "src_cython/weighted.pxi",
+        "            hide(factors, mask, &call.mask_row, first, size, 0.0)\n",
+        "            hide(factors, mask, &call.mask_row, 0, size, 0.0)\n",
+        "Beside factors, every chunk of a row is masked as its first.",
+        ("test_weighted.py",),
+    ),
+    Mutant(
         "forced-backend-gives-way",
         "fastsoftmax/_dispatch.py",
         "    loaded = load(forced)\n    if isinstance(loaded, Exception):\n",

@@ -346,6 +346,135 @@ def test_no_temporaries_of_the_size_of_the_input(backend, dtype):
     assert peak < a.nbytes / 20
 
 
+# Elements that are converted or masked on their way
+
+STORED = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, bool, np.int8, np.uint16, np.int64]
+STORED_NAMES = [np.dtype(dtype).name for dtype in STORED]
+
+
+def stored(rng, shape, dtype):
+    return rng.integers(0, 2 if dtype is bool else 5, shape).astype(dtype)
+
+
+def bits(array):
+    return array.view(f"u{array.itemsize}")
+
+
+@pytest.mark.parametrize("asked", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=STORED_NAMES[:4])
+@pytest.mark.parametrize("b_dtype", STORED, ids=STORED_NAMES)
+@pytest.mark.parametrize("a_dtype", STORED, ids=STORED_NAMES)
+def test_the_bits_of_arrays_that_were_converted_first(backend, rng, a_dtype, b_dtype, asked):
+    working = np.float64 if asked is np.float64 else np.float32
+    for shape, axis in (((6, 37), 1), ((6, 37), 0), ((2, 3, 11), (0, 2)), ((2, 5000), 1)):
+        a, b = stored(rng, shape, a_dtype), stored(rng, shape, b_dtype)
+        if np.dtype(b_dtype).kind in "fiV":
+            b = -b
+        result, sign = fastsoftmax.logsumexp(a, axis, b, return_sign=True, dtype=asked)
+        expected, expected_sign = fastsoftmax.logsumexp(a.astype(working), axis, b.astype(working), return_sign=True)
+        np.testing.assert_array_equal(bits(result), bits(expected.astype(asked)))
+        np.testing.assert_array_equal(bits(sign), bits(expected_sign.astype(asked)))
+
+
+@pytest.mark.parametrize("layout", sorted(views(np.random.default_rng(0), np.float32)))
+def test_layouts_of_16_bits(backend, rng, layout):
+    a, b = views(rng, np.float32)[layout]
+    half_a, half_b = (np.asarray(part).astype(np.float16) for part in (a, b))
+    if layout == "negative strides":
+        half_a, half_b = half_a[::-1, ::-1], half_b[..., ::-2]
+        half_a = half_a[..., : half_b.shape[-1]]
+    for axis in (0, 1, 2, (0, 2)):
+        result = fastsoftmax.logsumexp(half_a, axis, half_b, return_sign=True)
+        order = {"axis": axis, "return_sign": True}
+        wide = fastsoftmax.logsumexp(half_a.astype(np.float32), b=half_b.astype(np.float32), **order)
+        assert result[0].dtype == result[1].dtype == np.float16
+        tolerance = {"rtol": 2e-3, "atol": 2e-3}  # the elements of a row over two axes are summed in memory's order
+        np.testing.assert_allclose(result[0].astype(np.float32), wide[0], **tolerance)
+        np.testing.assert_array_equal(result[1], wide[1])
+
+
+MASKS = {
+    "of a's shape": lambda rng: rng.random((6, 5000)) < 0.6,
+    "in Fortran order": lambda rng: np.asfortranarray(rng.random((6, 5000)) < 0.6),
+    "in steps": lambda rng: (rng.random((6, 10_000)) < 0.6)[::-1, ::2],
+    "one a column": lambda rng: rng.random(5000) < 0.6,
+    "one a row": lambda rng: np.arange(6)[:, np.newaxis] % 3 > 0,
+    "nothing": lambda rng: False,
+    "bytes other than 1": lambda rng: (rng.integers(0, 2, (6, 5000)) * 4).astype(np.uint8).view(bool),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "given", [np.float16, np.float32, np.float64, np.int16], ids=lambda dtype: np.dtype(dtype).name
+)
+def test_a_masked_element_has_the_factor_0(backend, rng, given, mask):
+    a, b, where = stored(rng, (6, 5000), given), rng.normal(size=(6, 5000)).astype(np.float32), MASKS[mask](rng)
+    kept = np.broadcast_to(np.asarray(where).view(np.uint8) != 0, a.shape)
+    expected_b = np.where(kept, b, np.float32(0))
+    b[~kept] = np.nan
+    for axis in (0, 1, None):
+        result = fastsoftmax.logsumexp(a, axis, b, return_sign=True, where=where)
+        expected = fastsoftmax.logsumexp(a, axis, expected_b, return_sign=True)
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_a_mask_and_factors_that_are_broadcast(backend, dtype, rng):
+    a, b, where = rng.normal(size=(4, 1, 30)).astype(dtype), rng.normal(size=(5, 1)).astype(dtype), rng.random(30) < 0.5
+    result = fastsoftmax.logsumexp(a, -1, b, return_sign=True, where=where)
+    expected = fastsoftmax.logsumexp(a[..., where], -1, b, return_sign=True)
+    assert result[0].shape == (4, 5)
+    np.testing.assert_array_equal(result[1], expected[1])
+    np.testing.assert_allclose(result[0], expected[0], rtol=8 * np.finfo(dtype).eps)
+
+
+def test_out_of_another_dtype_than_is_computed_in(backend, rng):
+    a, b = rng.normal(size=(6, 50)).astype(np.float16), rng.normal(size=(6, 50)).astype(np.float16)
+    expected, sign = fastsoftmax.logsumexp(a, 1, b, return_sign=True)
+    memory = np.full((6, 50), 7, np.float16)
+    result, same_sign = fastsoftmax.logsumexp(a, 1, b, return_sign=True, out=memory[:, 3])
+    assert result.base is memory
+    np.testing.assert_array_equal(memory[:, 3], expected)
+    np.testing.assert_array_equal(same_sign, sign)
+    assert (np.delete(memory, 3, axis=1) == 7).all()
+
+
+def test_a_mask_in_the_memory_of_out(backend, rng):
+    a, b, where = rng.normal(size=(8, 8)), rng.normal(size=(8, 8)), rng.random((8, 8)) < 0.5
+    expected = fastsoftmax.logsumexp(a, 1, b**2, where=where)
+    memory = np.zeros(8)
+    shared = memory.view(bool).reshape(8, 8)
+    shared[...] = where
+    np.testing.assert_array_equal(fastsoftmax.logsumexp(a, 1, b**2, where=shared, out=memory), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("a_dtype", "b_dtype", "asked"),
+    [
+        (np.float16, np.float16, None),
+        (ml_dtypes.bfloat16, np.float32, None),
+        (np.float32, np.float64, None),
+        (np.int32, bool, None),
+        (np.float64, np.float64, np.float32),
+        (np.float32, np.int8, ml_dtypes.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("name", ["cython", "numba"])
+def test_no_array_is_made(rng, monkeypatch, name, a_dtype, b_dtype, asked, axis):
+    """Elements are converted and masked on their way."""
+    if name not in fastsoftmax.available_backends():
+        pytest.skip(f"backend {name!r} is not available")
+    monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "1")
+    a, b, where = stored(rng, (1000, 2000), a_dtype), stored(rng, (1000, 2000), b_dtype), rng.random((1000, 2000)) < 0.9
+    options = {"dtype": asked, "where": where, "temperature": 0.7, "backend": name}
+    out = fastsoftmax.logsumexp(a, axis, b, **options)
+    tracemalloc.start()
+    fastsoftmax.logsumexp(a, axis, b, out=out, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < a.size / 10
+
+
 def test_any_number_of_threads_gives_the_same_bits(backend, dtype, rng, monkeypatch):
     a, b = rng.normal(size=(300, 2000)).astype(dtype), rng.normal(size=2000).astype(dtype)
     results = []

@@ -21,7 +21,6 @@ from fastsoftmax._dispatch import (
     VJPS,
     Adjustment,
     CrossEntropy,
-    Factors,
     ForcedTierError,
     Function,
     Plan,
@@ -232,6 +231,11 @@ def make_schedule(
     if layout.itemsize == 2:  # other kernels round results where they are
         streaming &= function in ("softmax", "softmax_one")
     itemsize = max(layout.itemsize, 4)  # that is computed in
+    if function in VJPS:
+        return _make_vjp_schedule(function, layout, in_place, max_threads)
+    if function == "weighted_logsumexp":
+        n_blocks = min(n_blocks, layout.n_rows)
+        return Schedule("gather", "none", False, min(n_threads, n_blocks), n_blocks)
     traversal: Traversal
     by_function = _MAX_TILE_COLS[_tier]
     max_tile_cols = by_function.get(function, by_function["others"])
@@ -242,10 +246,8 @@ def make_schedule(
         streaming &= function == "normalize" and not in_place
         side_by_side = function != "normalize" and n_selected <= _MAX_SELECTED
         return _make_banded_schedule(layout, short, side_by_side, n_threads, n_blocks, streaming)
-    if function in VJPS:
-        return _make_vjp_schedule(function, layout, in_place, max_threads)
     is_long = layout.n_cols * itemsize > _kernels.chunk_bytes
-    if function == "weighted_logsumexp" or (layout.itemsize == 2 and layout.has_contiguous_rows and is_long):
+    if layout.itemsize == 2 and layout.has_contiguous_rows and is_long:
         traversal, n_units, unit_bytes, streaming = "gather", layout.n_rows, 0, False
     elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
         traversal, n_units, unit_bytes = "tiles", layout.n_rows, 0
@@ -426,6 +428,27 @@ def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: A
     )
 
 
+def run_weighted(
+    plan: Plan, layout: Layout, a: Array, out: Array, b: Array, sign: Array | None, adjustment: Adjustment
+) -> None:
+    _kernels.run_weighted(
+        adjustment.dtype.itemsize == 4,
+        _storage(a.dtype, adjustment.dtype),
+        _storage(b.dtype, adjustment.dtype),
+        _storage(out.dtype, adjustment.dtype),
+        layout.kept,
+        layout.reduced,
+        a,
+        b,
+        out,
+        sign,
+        adjustment.mask,
+        adjustment.temperature,
+        plan.schedule.n_blocks,
+        plan.schedule.n_threads,
+    )
+
+
 def run_states(plan: Plan, layout: Layout, x: Array, out: Array | None, states: Array) -> None:
     schedule = plan.schedule
     _kernels.run_streaming(
@@ -485,11 +508,11 @@ def logsumexp_of_states(states: Array, is_single: bool) -> Array:
     return log_sums
 
 
-def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+def run(plan: Plan, layout: Layout, x: Array, out: Array, g: Array | None) -> None:
     schedule = plan.schedule
     kernel: Callable[..., None]
     arguments: tuple[Any, ...]
-    if factors is None:
+    if g is None:
         kernel = _kernels.run
         arguments = (
             _FUNCTIONS[plan.function],
@@ -502,7 +525,7 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
             x,
             out,
         )
-    elif plan.function in VJPS:
+    else:
         kernel = _kernels.run_vjp
         arguments = (
             _FUNCTIONS[plan.function],
@@ -512,12 +535,9 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
             layout.kept,
             layout.reduced,
             x,
-            factors.b,
+            g,
             out,
         )
-    else:
-        kernel = _kernels.run_weighted
-        arguments = (layout.kept, layout.reduced, x, factors.b, out, factors.sign, factors.temperature)
     kernel(*arguments, schedule.n_blocks, schedule.n_threads)
 
 

@@ -25,7 +25,7 @@ if not cuda.is_available():
     reason = " ".join(str(cuda.cuda_error() or "none is visible").split())
     raise ImportError(f"no CUDA device can be used: {reason}")
 
-from fastsoftmax._dispatch import Factors, Function, Plan, choices, is_on_gpu
+from fastsoftmax._dispatch import Function, Plan, choices, is_on_gpu
 from fastsoftmax._layout import Array, Dimension, Layout, c_order_layout, make_layout, normalize_axes
 from fastsoftmax._schedule import Schedule
 from fastsoftmax.cuda import _launch
@@ -384,7 +384,7 @@ def plan(function: Function, layout: Layout, in_place: bool) -> Plan:
     return _plan(function, choose(_contiguous(kernel, layout), phases, facts, n_inputs(kernel)))
 
 
-def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+def run(plan: Plan, layout: Layout, x: Array, out: Array, g: Array | None) -> None:
     """Copy the rows to the device, compute there, and copy the result back."""
     kernel, device = cast(Kernel, plan.function), _launch.current_device()
     bits = np.dtype(f"u{x.itemsize}")  # Numba knows no bfloat16 in main memory
@@ -394,17 +394,17 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | Non
         rows = as_strided(array, _sizes(dimensions), tuple(strides), writeable=False)
         return _launch.upload(np.ascontiguousarray(rows).view(bits))
 
-    data = g = upload(x, every, (dimension.x_stride for dimension in every))
-    if factors is not None:
+    data = gradient = upload(x, every, (dimension.x_stride for dimension in every))
+    if g is not None:
         dimensions = layout.kept if kernel == "logsumexp_vjp" else every
-        g = upload(factors.b, dimensions, (dimension.b_stride for dimension in dimensions))
+        gradient = upload(g, dimensions, (dimension.b_stride for dimension in dimensions))
     results, result = every, data
     if kernel == "logsumexp":
         results, result = layout.kept, _launch.upload(np.empty(_sizes(layout.kept), bits))
     assert plan.launch is not None
     rows = _contiguous(kernel, layout)
     prepared = _launch.prepare(kernel, FORMATS[x.dtype.name], rows, plan.launch, 0, device)
-    x_address, y_address, g_address = (one.__cuda_array_interface__["data"][0] for one in (data, result, g))
+    x_address, y_address, g_address = (one.__cuda_array_interface__["data"][0] for one in (data, result, gradient))
     prepared.run({"x": x_address, "y": y_address, "g": g_address}, 0)
     target = as_strided(out, _sizes(results), [dimension.y_stride for dimension in results])
     target[...] = result.copy_to_host().view(x.dtype)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from fastsoftmax import _state
-from fastsoftmax._dispatch import VJPS, Adjustment, CrossEntropy, Factors, Function, Plan, Truncation
+from fastsoftmax._dispatch import Adjustment, CrossEntropy, Function, Plan, Truncation
 from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import Schedule
 from fastsoftmax._state import scaled_temperature
@@ -38,25 +38,37 @@ def plan(
     return Plan(function, "numpy", None, _SCHEDULE)
 
 
-def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+def run(plan: Plan, layout: Layout, x: Array, out: Array, g: Array | None) -> None:
     dimensions = layout.kept + layout.reduced
     with np.errstate(all="ignore"):
         rows = _rows(x, layout, [d.x_stride for d in dimensions])
-        if factors is not None and plan.function in VJPS:
-            g = _rows(factors.b, layout, [d.b_stride for d in dimensions])
-            _write(_VJP_ROWS[plan.function](rows, g), out, dimensions)
-        elif factors is not None:
-            b = _rows(factors.b, layout, [d.b_stride for d in dimensions])
-            log_sum, sign = weighted_logsumexp_rows(rows / factors.temperature, b)
-            if factors.sign is None:
-                log_sum = log_sum + np.log(sign) if np.iscomplexobj(x) else np.where(sign < 0, np.nan, log_sum)
-            else:
-                _write(sign, factors.sign, layout.kept)
-            _write(log_sum, out, layout.kept)
+        if g is not None:
+            gradients = _rows(g, layout, [d.b_stride for d in dimensions])
+            _write(_VJP_ROWS[plan.function](rows, gradients), out, dimensions)
         elif plan.function == "logsumexp":
             _write(_in_blocks(logsumexp_rows, rows), out, layout.kept)
         else:
             _write(_in_blocks(_MAP_ROWS[plan.function], rows), out, dimensions)
+
+
+def run_weighted(
+    plan: Plan, layout: Layout, a: Array, out: Array, b: Array, sign: Array | None, adjustment: Adjustment
+) -> None:
+    dimensions = layout.kept + layout.reduced
+    with np.errstate(all="ignore"):
+        terms, factors = (
+            _rows(a, layout, [d.x_stride for d in dimensions]),
+            _rows(b, layout, [d.b_stride for d in dimensions]),
+        )
+        if adjustment.mask is not None:
+            mask = _rows(adjustment.mask, layout, [d.mask_stride for d in dimensions])
+            factors = np.where(mask, factors, factors.dtype.type(0))
+        log_sums, signs = weighted_logsumexp_rows(terms / adjustment.temperature, factors)
+        if sign is not None:
+            _write(signs, sign, layout.kept)
+        else:
+            log_sums = log_sums + np.log(signs) if np.iscomplexobj(a) else np.where(signs < 0, np.nan, log_sums)
+        _write(log_sums, out, layout.kept)
 
 
 def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: Adjustment) -> None:
@@ -64,7 +76,7 @@ def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: A
     with np.errstate(all="ignore"):
         rows, mask = _rows(x, layout, [d.x_stride for d in dimensions]), None
         if adjustment.mask is not None:
-            mask = _rows(adjustment.mask, layout, [d.b_stride for d in dimensions])
+            mask = _rows(adjustment.mask, layout, [d.mask_stride for d in dimensions])
             rows = np.where(mask, rows, rows.dtype.type(-np.inf))
         if plan.function == "logsumexp":
             _write(_in_blocks(logsumexp_rows, rows, adjustment.temperature), out, layout.kept)

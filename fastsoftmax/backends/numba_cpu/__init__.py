@@ -29,7 +29,6 @@ from fastsoftmax._dispatch import (
     VJPS,
     Adjustment,
     CrossEntropy,
-    Factors,
     Function,
     Plan,
     Truncation,
@@ -39,8 +38,19 @@ from fastsoftmax._layout import Array, Dimension, Layout
 from fastsoftmax._schedule import BLOCKS_PER_THREAD, Exponentials, Schedule, Traversal, cache_sizes
 from fastsoftmax._state import inverse_in_parts, scaled_temperature
 
-from . import adjusted, converted, cross_entropy, derivatives, rows, sampling, selection, stored, streaming, tiles
-from .weighted import BYTES_OF_WEIGHTED, run_weighted
+from . import (
+    adjusted,
+    converted,
+    cross_entropy,
+    derivatives,
+    rows,
+    sampling,
+    selection,
+    stored,
+    streaming,
+    tiles,
+    weighted,
+)
 
 READS = frozenset({"float16", "bfloat16"})
 CONVERTS = frozenset(stored.STORAGES)
@@ -191,15 +201,13 @@ def _prepare(plan: Plan, layout: Layout) -> _Call:
     return _Call(kernel, leading, tables, (tables.ctypes.data, len(layout.kept), n_reduced, n), n_units, room)
 
 
-def run(plan: Plan, layout: Layout, x: Array, out: Array, factors: Factors | None) -> None:
+def run(plan: Plan, layout: Layout, x: Array, out: Array, g: Array | None) -> None:
     if layout.itemsize == 2 and (plan.function in _FUNCTIONS or plan.function == "logsumexp_vjp"):
-        _run_converted(plan, layout, x, out, np.dtype(np.float32), None if factors is None else factors.b)
-    elif factors is not None and plan.function in VJPS:
-        _run_vjp(plan, layout, x, factors.b, out)
+        _run_converted(plan, layout, x, out, np.dtype(np.float32), g)
+    elif g is not None:
+        _run_vjp(plan, layout, x, g, out)
     elif plan.function == "softmax_one":
         run_states(plan, layout, x, out, None)
-    elif factors is not None:
-        _run_weighted(plan.schedule, layout, x, out, factors)
     elif plan.schedule.traversal == "split":
         _run_split(plan, layout, x, out)
     else:
@@ -243,21 +251,9 @@ def _run_split_row(plan: Plan, layout: Layout, x: int, y: int, terms: int, store
         _in_blocks(write, n_chunks, schedule)
 
 
-def _run_weighted(schedule: Schedule, layout: Layout, x: Array, out: Array, factors: Factors) -> None:
-    _memory, sizes = _prepare_with_factors(layout)
-    addresses = map(_address, (x, factors.b, out, factors.sign))
-    arguments = (_LIKE[layout.itemsize], *addresses, factors.temperature, *sizes)
-
-    def run_units(first: int, end: int) -> None:
-        _memory, scratch = _scratch(BYTES_OF_WEIGHTED)
-        run_weighted(*arguments, first, end, scratch)
-
-    _in_blocks(run_units, layout.n_rows, schedule)
-
-
 def _run_vjp(plan: Plan, layout: Layout, x: Array, g: Array, out: Array) -> None:
     schedule, itemsize = plan.schedule, max(4, layout.itemsize)
-    _memory, sizes = _prepare_with_factors(layout)
+    _memory, sizes = _prepare_operands(layout)
     columns, n_units = 1, layout.n_rows
     if schedule.traversal == "strips":
         columns, n_units = tiles.STRIP_BYTES // itemsize, _count_strips(layout, itemsize)
@@ -283,7 +279,7 @@ def run_adjusted(plan: Plan, layout: Layout, x: Array, out: Array, adjustment: A
     columns, n_units, itemsize = 1, layout.n_rows, adjustment.dtype.itemsize
     if plan.schedule.traversal == "strips":
         columns, n_units = tiles.STRIP_BYTES // itemsize, _count_strips(layout, itemsize)
-    _memory, sizes = _prepare_with_factors(layout, 1)
+    _memory, sizes = _prepare_operands(layout)
     storages, addresses = (_storage(x), _storage(out)), (_address(x), _address(out))
     like, function = _LIKE[itemsize], _FUNCTIONS[plan.function]
     t, shrink, grow = scaled_temperature(adjustment.temperature)
@@ -303,7 +299,7 @@ def _run_converted(
     plan: Plan, layout: Layout, x: Array, out: Array, dtype: np.dtype[Any], factors: Array | None = None
 ) -> None:
     """Run rows that are computed in a dtype; multiply the probabilities of each by its factor, if there are any."""
-    _memory, sizes = _prepare_with_factors(layout)
+    _memory, sizes = _prepare_operands(layout)
     like, function = _LIKE[dtype.itemsize], _FUNCTIONS["softmax" if factors is not None else plan.function]
     storages, addresses = (_storage(x), _storage(out)), (_address(x), _address(out))
 
@@ -314,10 +310,24 @@ def _run_converted(
     _in_blocks(run_units, layout.n_rows, plan.schedule)
 
 
+def run_weighted(
+    plan: Plan, layout: Layout, a: Array, out: Array, b: Array, sign: Array | None, adjustment: Adjustment
+) -> None:
+    _memory, sizes = _prepare_operands(layout, b.itemsize)
+    storages, addresses = tuple(map(_storage, (a, b, out))), tuple(map(_address, (a, b, out, sign)))
+    like, mask = _LIKE[adjustment.dtype.itemsize], _address(adjustment.mask)
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(weighted.BYTES_OF_WEIGHTED)
+        weighted.run_weighted(like, storages, addresses, mask, adjustment.temperature, *sizes, first, end, scratch)
+
+    _in_blocks(run_units, layout.n_rows, plan.schedule)
+
+
 def run_cross_entropy(
     plan: Plan, layout: Layout, x: Array, gradient: Array | None, losses: Array, terms: CrossEntropy
 ) -> None:
-    _memory, sizes = _prepare_with_factors(layout)
+    _memory, sizes = _prepare_operands(layout)
     spread = None if terms.spread is None else terms.spread.astype(np.float64)
     addresses = map(_address, (x, gradient, losses, terms.probabilities, terms.labels, terms.weights, spread))
     numbers = (terms.smoothing, terms.scale, terms.z_scale, terms.softcap)
@@ -408,15 +418,16 @@ def _storage_of(dtype: np.dtype[Any]) -> int:
     return stored.STORAGES.index(dtype.name)
 
 
-def _prepare_with_factors(layout: Layout, b_itemsize: int | None = None) -> tuple[Array, tuple[int, ...]]:
-    """The tables of the input and of the factors, as an array to be kept alive, and what kernels take of them.
+def _prepare_operands(layout: Layout, b_itemsize: int | None = None) -> tuple[Array, tuple[int, ...]]:
+    """The tables of the input, then of the factors, then of the mask, and what kernels take of them.
 
-    Factors are of the input's size, if not of another.
+    They are one array, to be kept alive. Factors are of the input's size, if not of another.
     """
     dimensions, itemsize = layout.kept + layout.reduced, layout.itemsize
-    of_factors = tuple(d._replace(x_stride=d.b_stride) for d in dimensions)
-    of_array = _tables(dimensions, itemsize, layout.y_itemsize)
-    tables = np.concatenate([of_array, _tables(of_factors, b_itemsize or itemsize)])
+    of_input = _tables(dimensions, itemsize, layout.y_itemsize)
+    of_factors = _tables(tuple(d._replace(x_stride=d.b_stride) for d in dimensions), b_itemsize or itemsize)
+    of_mask = _tables(tuple(d._replace(x_stride=d.mask_stride) for d in dimensions), 1)
+    tables = np.concatenate([of_input, of_factors, of_mask])
     return tables, (tables.ctypes.data, len(layout.kept), len(layout.reduced), layout.n_cols)
 
 

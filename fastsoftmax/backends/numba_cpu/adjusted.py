@@ -16,9 +16,9 @@ from fastsoftmax._state import FLOAT64
 
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
-from .rows import COLUMNS, LOGSUMEXP, SIZE, SOFTMAX, X, Y, offset_of
+from .rows import COLUMNS, LOGSUMEXP, SOFTMAX, X, Y, offset_of
 from .scalars import exp, power_of_two, total_of
-from .stored import collect_strip_of_any, distribute_strip, place_of_strip, write_one
+from .stored import collect_strip_of_any, distribute_strip, hide_strip, place_of_strip, write_one
 from .tiles import STRIP_BYTES
 
 CHUNK = 4096
@@ -27,25 +27,6 @@ CHUNK = 4096
 _LANES = 32
 _MAX_LANES = STRIP_BYTES // 4
 BYTES_OF_ADJUSTED = (CHUNK + 5 * _MAX_LANES) * 8
-
-
-@jit
-def _hide(values, mask, at, reduced, n_reduced, width, column_step, first, n, fill):
-    """Fill the masked ones of n elements of each of `width` rows."""
-    inner, step = reduced[(n_reduced - 1) * COLUMNS + SIZE], reduced[(n_reduced - 1) * COLUMNS + X]
-    done = 0
-    while done < n:
-        run = min(inner - (first + done) % inner, n - done)
-        start = at + offset_of(first + done, reduced, n_reduced, X)
-        if width == 1:
-            for i in range(run):
-                values[done + i] = values[done + i] if mask[start + i * step] else fill
-        else:
-            for i in range(run):
-                for j in range(width):
-                    place = (done + i) * width + j
-                    values[place] = values[place] if mask[start + i * step + j * column_step] else fill
-        done += run
 
 
 @jit
@@ -147,8 +128,7 @@ def run_adjusted(
 ):
     """Run strips of up to so many adjacent rows; if that is 1, rows of any strides.
 
-    Storages and addresses are those of the input and of the output. The tables of the mask, if it has an address,
-    follow those of the input.
+    Storages and addresses are those of the input and of the output. Of the tables, the third are those of the mask.
     """
     mask = pointer_to(mask_address, np.uint8(0))
     values = pointer_to(scratch, 0.0)
@@ -157,7 +137,7 @@ def run_adjusted(
     sums = pointer_to(scratch + (CHUNK + 2 * _MAX_LANES) * 8, 0.0)
     rests = pointer_to(scratch + (CHUNK + 3 * _MAX_LANES) * 8, 0.0)
     kept, reduced = pointer_to(tables, 0), pointer_to(tables + n_kept * COLUMNS * 8, 0)
-    mask_tables = tables + (n_kept + n_reduced) * COLUMNS * 8
+    mask_tables = tables + 2 * (n_kept + n_reduced) * COLUMNS * 8
     mask_kept, mask_reduced = pointer_to(mask_tables, 0), pointer_to(mask_tables + n_kept * COLUMNS * 8, 0)
     masked = 0.0 if function == SOFTMAX else -math.inf
     while strip < end_strip:
@@ -180,7 +160,7 @@ def run_adjusted(
                         *(reduced, n_reduced, columns, width, first, size, like, values),
                     )
                     if mask_address:
-                        _hide(
+                        hide_strip(
                             values, mask, mask_at, mask_reduced, n_reduced, width, column_step, first, size, -math.inf
                         )
                 if step == 0:
@@ -193,7 +173,9 @@ def run_adjusted(
                     else:
                         _store_log_probabilities(values, size * width, lanes, maxima, divisor, sums, rests)
                     if mask_address:
-                        _hide(values, mask, mask_at, mask_reduced, n_reduced, width, column_step, first, size, masked)
+                        hide_strip(
+                            values, mask, mask_at, mask_reduced, n_reduced, width, column_step, first, size, masked
+                        )
                     distribute_strip(
                         *(values, like, storages[1], addresses[1], y_at),
                         *(reduced, n_reduced, columns, width, first, size),

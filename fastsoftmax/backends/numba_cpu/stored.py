@@ -15,7 +15,7 @@ from numba import types
 
 from .jit import by_dtype, inline, jit
 from .registers import pointer_to
-from .rows import COLUMNS, SIZE, X, Y, stretch_of
+from .rows import COLUMNS, SIZE, X, Y, offset_of, stretch_of
 
 # By number, as kernels know them.
 STORAGES = (
@@ -245,6 +245,25 @@ def distribute_stored(x, x_at, like, storage, address, at, reduced, n_reduced, f
         start, step, size = stretch_of(reduced, n_reduced, first + done, n - done, Y)
         write_block(x, x_at + done, like, storage, address, at + start, 0, 1, step, size)
         done += size
+
+
+@jit
+def hide_strip(values, mask, at, reduced, n_reduced, width, column_step, first, n, fill):
+    """Fill the masked ones of n elements of each of `width` rows."""
+    inner, step = reduced[(n_reduced - 1) * COLUMNS + SIZE], reduced[(n_reduced - 1) * COLUMNS + X]
+    done = 0
+    while done < n:
+        run = min(inner - (first + done) % inner, n - done)
+        start = at + offset_of(first + done, reduced, n_reduced, X)
+        if width == 1:
+            for i in range(run):
+                values[done + i] = values[done + i] if mask[start + i * step] else fill
+        else:
+            for i in range(run):
+                for j in range(width):
+                    place = (done + i) * width + j
+                    values[place] = values[place] if mask[start + i * step + j * column_step] else fill
+        done += run
 
 
 @inline

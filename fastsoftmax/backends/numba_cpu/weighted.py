@@ -14,8 +14,9 @@ from fastsoftmax._state import FLOAT64
 
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
-from .rows import COLUMNS, X, Y, collect, offset_of
+from .rows import COLUMNS, X, Y, offset_of
 from .scalars import power_of_two
+from .stored import collect_any, hide_strip, write_one
 
 CHUNK = 4096
 BYTES_OF_WEIGHTED = 2 * CHUNK * 8
@@ -121,29 +122,39 @@ def _fold_weighted_chunk(a, b, n, row_offset):
 
 @jit_entry
 def run_weighted(
-    like, a_address, b_address, y_address, signs_address, temperature, tables, n_kept, n_reduced, n, first_row, end_row,
-    scratch,
+    like, storages, addresses, mask_address, temperature, tables, n_kept, n_reduced, n, first_row, end_row, scratch
 ):  # fmt: skip
-    """Run rows; the tables of the factors follow those of the input, and there are signs where they have an address."""
-    a, b = pointer_to(a_address, like), pointer_to(b_address, like)
-    y, signs = pointer_to(y_address, like), pointer_to(signs_address, like)
+    """Run rows; there are signs, and a mask, where they have an address.
+
+    Storages are those of the terms, the factors and the output; addresses have that of the signs besides. The tables of
+    the factors and those of the mask follow those of the terms.
+    """
+    mask = pointer_to(mask_address, np.uint8(0))
     terms, factors = pointer_to(scratch, 0.0), pointer_to(scratch + CHUNK * 8, 0.0)
     row_bytes = COLUMNS * 8
     a_kept, a_reduced = pointer_to(tables, 0), pointer_to(tables + n_kept * row_bytes, 0)
-    b_kept = pointer_to(tables + (n_kept + n_reduced) * row_bytes, 0)
-    b_reduced = pointer_to(tables + (2 * n_kept + n_reduced) * row_bytes, 0)
+    tables += (n_kept + n_reduced) * row_bytes
+    b_kept, b_reduced = pointer_to(tables, 0), pointer_to(tables + n_kept * row_bytes, 0)
+    tables += (n_kept + n_reduced) * row_bytes
+    mask_kept, mask_reduced = pointer_to(tables, 0), pointer_to(tables + n_kept * row_bytes, 0)
     for row in range(first_row, end_row):
         state = _state.weighted_identity()
+        a_at, b_at = offset_of(row, a_kept, n_kept, X), offset_of(row, b_kept, n_kept, X)
         for first in range(0, n, CHUNK):
             size = min(CHUNK, n - first)
-            collect(a, offset_of(row, a_kept, n_kept, X), a_reduced, n_reduced, first, size, terms, 0)
-            collect(b, offset_of(row, b_kept, n_kept, X), b_reduced, n_reduced, first, size, factors, 0)
+            collect_any(storages[0], addresses[0], a_at, a_reduced, n_reduced, first, size, like, terms, 0)
+            collect_any(storages[1], addresses[1], b_at, b_reduced, n_reduced, first, size, like, factors, 0)
+            if mask_address:  # a factor of 0 drops its term, whatever that is
+                mask_at = offset_of(row, mask_kept, n_kept, X)
+                hide_strip(factors, mask, mask_at, mask_reduced, n_reduced, 1, 0, first, size, 0.0)
             if temperature != 1.0:
                 for j in range(size):
                     terms[j] /= temperature
             state = _state.merge_weighted(state, _fold_weighted_chunk(terms, factors, size, state.offset))
         log_sum, sign = _state.weighted_logsumexp(state)
         y_at = offset_of(row, a_kept, n_kept, Y)
-        y[y_at] = log_sum if signs_address or sign >= 0.0 else math.nan
-        if signs_address:
-            signs[y_at] = sign
+        terms[0] = log_sum if addresses[3] or sign >= 0.0 else math.nan
+        write_one(terms, like, storages[2], addresses[2], y_at)
+        if addresses[3]:
+            terms[0] = sign
+            write_one(terms, like, storages[2], addresses[3], y_at)
