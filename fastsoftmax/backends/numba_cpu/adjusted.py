@@ -17,7 +17,7 @@ from fastsoftmax._state import FLOAT64
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, LOGSUMEXP, SOFTMAX, X, Y, offset_of
-from .scalars import exp, power_of_two, total_of
+from .scalars import LEAST_EXPONENT, exp, power_of_two, total_of
 from .stored import collect_strip_of_any, distribute_strip, hide_strip, place_of_strip, write_one
 from .tiles import STRIP_BYTES
 
@@ -52,7 +52,7 @@ def _quotient(x, maximum, divisor):
 @inline
 def _term(x, maximum, divisor):
     quotient, low = _quotient(x, maximum, divisor)
-    return exp(quotient, low if quotient > -746.0 else 0.0)
+    return exp(quotient, low)
 
 
 @jit
@@ -73,12 +73,14 @@ def _store_probabilities(values, n, lanes, maxima, divisor, sums, rests):
     for first in range(0, n, lanes):
         for j in range(min(lanes, n - first)):
             quotient, low = _quotient(values[first + j], maxima[j], divisor)
-            p, p_low, shifted_k = _state.split(max(quotient, -746.0), FLOAT64)  # in this order a NaN stays
-            p_low += p * (low if quotient > -746.0 else 0.0)
+            is_zero = quotient <= LEAST_EXPONENT
+            p, p_low, shifted_k = _state.split(0.0 if is_zero else quotient, FLOAT64)
+            p_low += 0.0 if is_zero else p * low
             product = p * sums[j]
             rest = _state.product_error(p, sums[j], product) + (p * rests[j] + p_low * sums[j])
-            # By way of a larger power of two, so that only the last step rounds what is subnormal.
-            values[first + j] = (product + rest) * power_of_two(shifted_k + (1023.0 + 100.0)) * 2.0**-100
+            # By way of a larger power of two, so that only the last step rounds what is subnormal. A sum of NaN stays.
+            power = 0.0 if is_zero else power_of_two(shifted_k + (1023.0 + 100.0))
+            values[first + j] = (product + rest) * power * 2.0**-100
 
 
 @jit

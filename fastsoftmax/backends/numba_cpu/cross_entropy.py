@@ -119,7 +119,7 @@ def _store_terms(x, n, maximum, size):
     """Replace x by exp(x - maximum) * size, without the rounding error of the subtraction."""
     for j in range(n):
         difference, error = _state.two_sum(x[j], -maximum)
-        x[j] = exp(difference, 0.0 if difference == -math.inf else error) * size
+        x[j] = exp(difference, error) * size
 
 
 @jit

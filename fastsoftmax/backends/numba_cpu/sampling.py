@@ -58,7 +58,7 @@ def put_terms(x, n, largest, terms):
     """exp(x - largest), 0 where that is no number to speak of."""
     for j in range(n):
         difference = x[j] - largest
-        terms[j] = exp(difference, 0.0) if difference > -746.0 else 0.0
+        terms[j] = 0.0 if math.isnan(difference) else exp(difference, 0.0)
 
 
 @jit

@@ -18,12 +18,19 @@ def power_of_two(shifted):
     return np.int64(np.float64(shifted).view(np.int64) << np.int64(52)).view(np.float64)
 
 
+# Up to here exponentials are 0. They are not computed, as a result that underflows takes a hundred cycles: rows a third
+# of which is masked would take three times as long as others.
+LEAST_EXPONENT = -746.0
+
+
 @inline
 def exp(t, error):
-    """exp(t + error), where the error is what rounding took from t, for t below 640."""
-    p, low, shifted_k = _state.split(max(t, -746.0), FLOAT64)  # in this order a NaN stays
+    """exp(t + error), where the error is what rounding took from t, for t below 640; 0 for -inf, whatever the error."""
+    is_zero = t <= LEAST_EXPONENT
+    p, low, shifted_k = _state.split(0.0 if is_zero else t, FLOAT64)
     # By way of a larger power of two, so that only the last step rounds what is subnormal.
-    return (p + (low + p * error)) * power_of_two(shifted_k + (1023.0 + 100.0)) * 2.0**-100
+    result = (p + (low + p * error)) * power_of_two(shifted_k + (1023.0 + 100.0)) * 2.0**-100
+    return 0.0 if is_zero else result
 
 
 @jit

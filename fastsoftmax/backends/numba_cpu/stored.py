@@ -255,14 +255,16 @@ def hide_strip(values, mask, at, reduced, n_reduced, width, column_step, first, 
     while done < n:
         run = min(inner - (first + done) % inner, n - done)
         start = at + offset_of(first + done, reduced, n_reduced, X)
+        # Values are loaded either way, so that LLVM makes no branches, which random masks mislead.
         if width == 1:
             for i in range(run):
-                values[done + i] = values[done + i] if mask[start + i * step] else fill
+                value = values[done + i]
+                values[done + i] = value if mask[start + i * step] else fill
         else:
             for i in range(run):
                 for j in range(width):
-                    place = (done + i) * width + j
-                    values[place] = values[place] if mask[start + i * step + j * column_step] else fill
+                    value = values[(done + i) * width + j]
+                    values[(done + i) * width + j] = value if mask[start + i * step + j * column_step] else fill
         done += run
 
 

@@ -29,7 +29,9 @@ _LANES = 16
 def _split_factor(b):
     """b = significand * 2**exponent, with 1 <= |significand| < 2, for b other than 0."""
     is_normal = abs(b) >= 2.0**-1022
-    normal, bias = (b, 1023.0) if is_normal else (b * 2.0**512, 1023.0 + 512.0)
+    scaled = b * 2.0**512
+    normal = b if is_normal else scaled
+    bias = 1023.0 if is_normal else 1023.0 + 512.0
     bits = np.float64(normal).view(np.int64)
     exponent = np.float64((bits >> np.int64(52)) & np.int64(0x7FF)) - bias
     significand = (bits & ~np.int64(0x7FF << 52)) | np.int64(1023 << 52)
@@ -44,10 +46,12 @@ def _find_top(a, b, n):
     """
     highest, probe = -math.inf, 0.0
     for j in range(n):
-        value = -math.inf if b[j] == 0.0 else a[j]
+        value, factor = a[j], b[j]
+        value = -math.inf if factor == 0.0 else value
         a[j] = value
         highest = max(highest, value)
-        probe += (0.0 if value == -math.inf else value - value) + (b[j] - b[j])
+        difference = value - value
+        probe += (0.0 if value == -math.inf else difference) + (factor - factor)
     top, largest = -1, -math.inf
     for j in range(n):
         _, exponent = _split_factor(b[j])
@@ -75,15 +79,14 @@ def _store_products(a, b, n, offset, exponent):
     """Replace a and b by the terms b * exp(a - offset) / 2**exponent and what rounding took from them."""
     for j in range(n):
         significand, b_exponent = _split_factor(b[j])
-        floor = (exponent - b_exponent - 1000.0) * math.log(2.0)
         difference, error = _state.two_sum(a[j], -offset)
-        t = max(difference, floor)
-        p, low, shifted_k = _state.split(t, FLOAT64)
-        power = power_of_two(shifted_k + (b_exponent + (1023.0 - exponent)))
+        # Terms that are not seen beside the top are not computed, for those that underflow take a hundred cycles.
+        is_zero = difference <= (exponent - b_exponent - 1000.0) * math.log(2.0)
+        p, low, shifted_k = _state.split(0.0 if is_zero else difference, FLOAT64)
+        power = 0.0 if is_zero else power_of_two(shifted_k + (b_exponent + (1023.0 - exponent)))
         p, low = p * power, low * power
         term = p * significand
         residue = _state.product_error(p, significand, term) + (low + p * error) * significand
-        is_zero = a[j] == -math.inf
         a[j], b[j] = 0.0 if is_zero else term, 0.0 if is_zero else residue
 
 
