@@ -164,7 +164,7 @@ def test_no_array_is_made(function, call, rng, monkeypatch, name, given, asked, 
     if name not in fastsoftmax.available_backends():
         pytest.skip(f"backend {name!r} is not available")
     monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "1")
-    x = rng.integers(0, 2, (1000, 1000)).astype(given)
+    x = rng.integers(0, 2, (300, 8000)).astype(given)  # beside which the scratch of a thread is small
     where = rng.random(x.shape) < 0.9
     for options in ({}, {"where": where, "temperature": 0.7}):
         out = call(x, axis, dtype=asked, backend=name, **options)

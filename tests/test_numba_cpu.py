@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -70,6 +71,45 @@ def test_strips_of_any_width(function, dtype, width):
     result, schedule = call(function, x, 1)
     assert schedule.traversal == "strips"
     assert error_of(function, result, x, 1) <= 2
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        (np.float16, None),
+        (ml_dtypes.bfloat16, None),
+        (np.int16, None),
+        (np.float64, np.float32),
+        (np.float32, np.float64),
+        (np.uint8, np.float64),
+    ],
+)
+@pytest.mark.parametrize(
+    ("shape", "axis", "step", "traversal"),
+    [
+        ((50, 30), 1, 1, "tiles"),
+        ((50, 30), 1, 2, "gather"),
+        ((50, 48), 1, 1, "tiles"),
+        ((70, 300), 0, 1, "strips"),
+        ((3, 70, 41), 1, 1, "strips"),
+        ((4 * CHUNK + 1, 40), 0, 1, "strips"),
+    ],
+)
+def test_converted_rows_have_the_bits_of_others(function, shape, axis, step, traversal, given, asked):
+    x = (np.random.default_rng(0).normal(size=(*shape[:-1], shape[-1] * step)) * 5 + 20).astype(given)[..., ::step]
+    if traversal == "tiles":  # rows that are apart
+        memory = np.zeros((shape[0], shape[1] + 3), given)
+        memory[:, : shape[1]] = x
+        x = memory[:, : shape[1]]
+    working = asked or (np.float32 if x.dtype.itemsize == 2 and x.dtype.kind != "i" else np.float64)
+    with fastsoftmax.record_plans() as plans:
+        result = getattr(fastsoftmax, function)(x, axis, dtype=asked, backend="numba")
+    assert plans[0].schedule.traversal == traversal
+    expected, _ = call(function, x.astype(working), axis)
+    np.testing.assert_array_equal(result, expected.astype(result.dtype))
+    if function != "logsumexp" and asked is None and working == np.float32:
+        assert getattr(fastsoftmax, function)(x, axis, backend="numba", out=x) is x
+        np.testing.assert_array_equal(x, result)
 
 
 @pytest.mark.parametrize("n_cols", [1, 2, 4095, 4096, 4097, 8191, 8192, 8193, 24_577])

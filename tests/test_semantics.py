@@ -339,7 +339,9 @@ def _(backend, function):
 def _(backend, function):
     x = np.ma.masked_array([1.0, 2.0, NAN], [False, False, True])
     expected = {softmax: [*softmax([1.0, 2.0]), 0], log_softmax: [*log_softmax([1.0, 2.0]), -INF]}
-    np.testing.assert_array_equal(function(x), expected.get(function, logsumexp([1.0, 2.0])))
+    np.testing.assert_array_equal(function(x), function(x.data, where=~x.mask))
+    tolerance = 4 * np.finfo(float).eps if backend.name == "numba" else 0  # whose loops for masks are others
+    np.testing.assert_allclose(function(x), expected.get(function, logsumexp([1.0, 2.0])), rtol=tolerance)
 
 
 @check("function", "no elements over all axes")

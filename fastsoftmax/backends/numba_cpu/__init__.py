@@ -104,19 +104,28 @@ def _is_only_converted(adjustment: Adjustment) -> bool:
 def _make_adjusted_plan(
     function: Function, layout: Layout, itemsize: int, is_only_converted: bool, max_threads: int
 ) -> Plan:
-    """Choose strips of adjacent rows, or one row after the other, for rows with a mask or a temperature.
+    """Choose tiles, strips of adjacent rows, or one row after the other, for elements that are computed in `itemsize`.
 
-    Rows that are only converted, to elements of `itemsize`, come one after the other.
+    Rows with a mask or a temperature do not come in tiles.
     """
-    is_strips = layout.has_adjacent_rows and not layout.has_contiguous_rows and not is_only_converted
-    n_units = _count_strips(layout, itemsize) if is_strips else layout.n_rows
+    traversal: Traversal = "gather"
+    n_units = layout.n_rows
+    if is_only_converted and _is_of_tiles(layout, itemsize):
+        traversal = "tiles"
+    elif layout.has_adjacent_rows and not layout.has_contiguous_rows:
+        traversal, n_units = "strips", _count_strips(layout, itemsize)
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = 1 if n_threads == 1 else min(n_units, n_threads * BLOCKS_PER_THREAD)
     exponentials: Exponentials = "recompute" if function == "softmax" else "none"
     if function == "softmax" and is_only_converted and layout.n_cols * itemsize <= rows.CHUNK_BYTES:
         exponentials = "scratch"
-    traversal: Traversal = "strips" if is_strips else "gather"
     return Plan(function, "numba", None, Schedule(traversal, exponentials, False, min(n_threads, n_blocks), n_blocks))
+
+
+def _is_of_tiles(layout: Layout, itemsize: int) -> bool:
+    """Whether rows are so short, and as many, that they are turned to be computed side by side in `itemsize`."""
+    short = layout.n_cols <= MAX_TILE_COLS[itemsize] and layout.n_rows >= MIN_TILE_ROWS
+    return short and layout.has_contiguous_rows and len(layout.kept) == 1
 
 
 @lru_cache(maxsize=1024)
@@ -131,7 +140,6 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
     # Input and output together leave the last cache: what is written will not be read from there.
     streaming = function in ("softmax", "log_softmax") and 2 * n_bytes > cache_sizes().last_level
-    short = layout.n_cols <= MAX_TILE_COLS[itemsize] and layout.n_rows >= MIN_TILE_ROWS
     traversal: Traversal = "gather"
     n_units = layout.n_rows
     if function in VJPS:
@@ -141,7 +149,7 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
         traversal = "rows" if layout.has_contiguous_rows and layout.itemsize > 2 else "gather"
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
-    elif layout.has_contiguous_rows and short and len(layout.kept) == 1:
+    elif _is_of_tiles(layout, itemsize):
         traversal, streaming = "tiles", False
     elif layout.has_contiguous_rows:
         traversal = "rows"
@@ -186,18 +194,23 @@ class _Call(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _prepare(plan: Plan, layout: Layout) -> _Call:
-    schedule, n, itemsize = plan.schedule, layout.n_cols, layout.itemsize
-    kernel, n_units, n_reduced = rows.run_rows, layout.n_rows, 0
+def _prepare(plan: Plan, layout: Layout, itemsize: int, storages: tuple[int, int]) -> _Call:
+    """Prepare calls that compute in `itemsize`; rows that are no tiles or strips have it in memory too."""
+    schedule, n = plan.schedule, layout.n_cols
+    like, function = _LIKE[itemsize], _FUNCTIONS[plan.function]
+    n_units, n_reduced = layout.n_rows, 0
+    kernel: Callable[..., None]
+    leading: tuple[Any, ...]
     if schedule.traversal == "tiles":
-        kernel, room = tiles.run_turned, tiles.bytes_of_tile(n)
+        kernel, leading, room = tiles.run_turned, (like, function, storages), tiles.bytes_of_tile(n)
     elif schedule.traversal == "strips":
-        kernel, n_units, room = tiles.run_strips, _count_strips(layout, itemsize), tiles.bytes_of_strip(n, itemsize)
+        kernel, leading = tiles.run_strips, (like, function, schedule.streaming, storages)
+        n_units, room = _count_strips(layout, itemsize), tiles.bytes_of_strip(n, itemsize)
     else:
+        kernel, leading = rows.run_rows, (like, function, _EXPONENTIALS[schedule.exponentials], schedule.streaming)
         n_reduced = len(layout.reduced) if schedule.traversal == "gather" else 0
         room = rows.bytes_of_rows(n, itemsize, schedule.exponentials == "scratch", n_reduced > 0)
-    leading = (_LIKE[itemsize], _FUNCTIONS[plan.function], _EXPONENTIALS[schedule.exponentials], schedule.streaming)
-    tables = _tables(layout.kept + layout.reduced, itemsize)
+    tables = _tables(layout.kept + layout.reduced, layout.itemsize, layout.y_itemsize)
     return _Call(kernel, leading, tables, (tables.ctypes.data, len(layout.kept), n_reduced, n), n_units, room)
 
 
@@ -211,14 +224,19 @@ def run(plan: Plan, layout: Layout, x: Array, out: Array, g: Array | None) -> No
     elif plan.schedule.traversal == "split":
         _run_split(plan, layout, x, out)
     else:
-        kernel, leading, _, sizes, n_units, scratch_bytes = _prepare(plan, layout)
-        arguments = (*leading, x.ctypes.data, out.ctypes.data, *sizes)
+        _run_prepared(plan, layout, x, out, layout.itemsize)
 
-        def run_units(first: int, end: int) -> None:
-            _memory, scratch = _scratch(scratch_bytes)
-            kernel(*arguments, first, end, scratch)
 
-        _in_blocks(run_units, n_units, plan.schedule)
+def _run_prepared(plan: Plan, layout: Layout, x: Array, out: Array, itemsize: int) -> None:
+    """Run rows, tiles or strips that are computed in `itemsize`."""
+    kernel, leading, _, sizes, n_units, scratch_bytes = _prepare(plan, layout, itemsize, (_storage(x), _storage(out)))
+    arguments = (*leading, x.ctypes.data, out.ctypes.data, *sizes)
+
+    def run_units(first: int, end: int) -> None:
+        _memory, scratch = _scratch(scratch_bytes)
+        kernel(*arguments, first, end, scratch)
+
+    _in_blocks(run_units, n_units, plan.schedule)
 
 
 def _run_split(plan: Plan, layout: Layout, x: Array, out: Array) -> None:
@@ -299,6 +317,9 @@ def _run_converted(
     plan: Plan, layout: Layout, x: Array, out: Array, dtype: np.dtype[Any], factors: Array | None = None
 ) -> None:
     """Run rows that are computed in a dtype; multiply the probabilities of each by its factor, if there are any."""
+    if factors is None and plan.schedule.traversal != "gather":
+        _run_prepared(plan, layout, x, out, dtype.itemsize)
+        return
     _memory, sizes = _prepare_operands(layout)
     like, function = _LIKE[dtype.itemsize], _FUNCTIONS["softmax" if factors is not None else plan.function]
     storages, addresses = (_storage(x), _storage(out)), (_address(x), _address(out))

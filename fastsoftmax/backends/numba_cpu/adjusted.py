@@ -17,7 +17,7 @@ from fastsoftmax._state import FLOAT64
 from .jit import inline, jit, jit_entry
 from .registers import pointer_to
 from .rows import COLUMNS, LOGSUMEXP, SOFTMAX, X, Y, offset_of
-from .scalars import LEAST_EXPONENT, exp, power_of_two, total_of
+from .scalars import LEAST_EXPONENT, exp, log1p, power_of_two, total_of
 from .stored import collect_strip_of_any, distribute_strip, hide_strip, place_of_strip, write_one
 from .tiles import STRIP_BYTES
 
@@ -107,7 +107,7 @@ def _finish(function, lanes, maxima, counts, sums, rests):
         elif math.isinf(maxima[j]):
             sums[j], rests[j] = 0.0 * sums[j], 0.0
         else:
-            sums[j], rests[j] = math.log1p(others), rest / (1.0 + others)
+            sums[j], rests[j] = log1p(others, rest)
 
 
 @jit_entry

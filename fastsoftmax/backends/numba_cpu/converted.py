@@ -20,7 +20,7 @@ from .rows import (
     count_chunks,
     fold_chunks,
     folded_of,
-    log_sum_of_row,
+    log_sums_of_row,
     make_work,
     merge_states,
     offset_of,
@@ -71,7 +71,7 @@ def _run_long_row(like, function, storages, addresses, x_at, y_at, reduced, n_re
     nothing, length = pointer_to(0, 0), chunk_of(room)
     total = fold_any(function, storages[0], addresses[0], x_at, reduced, n_reduced, n, room, states, work)
     if function == LOGSUMEXP:
-        room[0] = total.maximum + log_sum_of_row(total, folded_of(total, room))
+        _, room[0] = log_sums_of_row(total, folded_of(total, room))
         write_one(room, like, storages[1], addresses[1], y_at)
         return
     for first in range(0, n, length):

@@ -218,7 +218,8 @@ def run_cross_entropy(
                     _write_zeros(logits, y_address, y_at, of_row)
                 continue
             maximum, ratio, ratio_low = lane(folded.largest, s), lane(ratios, s), lane(ratios_low, s)
-            log_sum = log_sum_of(maximum, lane(folded.high, s), ratio, ratio_low)
+            log_sum, low = log_sum_of(maximum, lane(folded.high, s), ratio, ratio_low)
+            log_sum += low
             loss = factor_sum = label_factor = log_p = 0.0
             if _is_counted(targets):
                 loss, factor_sum = _sum_of_factors(logits, targets, maximum, log_sum, of_row, factors)

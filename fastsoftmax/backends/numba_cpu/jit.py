@@ -11,7 +11,10 @@ from numba.extending import overload, register_jitable
 from fastsoftmax import _state
 
 # No flag lets LLVM change what is computed: it would simplify rounding steps away. What is to be fused is written so.
-inline: Callable[[Callable[..., Any]], Any] = njit(nogil=True, forceinline=True)
+# A division by 0 is not looked for: lanes without a row may hold any number, and a loop that may raise is no vector's.
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+inline: Callable[[Callable[..., Any]], Any] = njit(**OPTIONS, forceinline=True)
 
 
 def jit(function):
@@ -25,13 +28,13 @@ def jit(function):
     if cells:
         names = ", ".join(cell.__qualname__ for cell in cells)
         function.__qualname__ += f"({names})"
-    return njit(nogil=True)(function)
+    return njit(**OPTIONS)(function)
 
 
 def jit_entry(function):
     """Compile a kernel that is called from Python, once for all processes where Numba finds a place to keep it."""
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(**OPTIONS, cache=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written to
         return jit(function)
 

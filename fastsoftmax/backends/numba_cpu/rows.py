@@ -42,6 +42,7 @@ from .registers import (
     where,
     with_lane,
 )
+from .scalars import log1p
 from .terms import (
     Ending,
     Reference,
@@ -387,14 +388,40 @@ def has_nan(x, at, step, n):
 
 @inline
 def log_sum_of(largest, high, ratio, ratio_low):
-    """log(sum(exp(x - maximum))), 0 where the maximum is infinite, so that it alone decides."""
-    if math.isnan(high):
-        return math.nan
-    if math.isinf(largest):
-        return 0.0
+    """log(sum(exp(x - maximum))) in two parts, 0 where the maximum is infinite, so that it alone decides."""
     # The low part may be a thousandth of the ratio, whose square would be seen.
     total, error = _state.two_sum(np.float64(ratio), np.float64(ratio_low))
-    return math.log1p(total) + error / (1.0 + total)
+    log_sum, low = log1p(total, error)
+    is_finite = not math.isinf(largest)
+    log_sum, low = log_sum if is_finite else 0.0, low if is_finite else 0.0
+    return math.nan if math.isnan(high) else log_sum, low
+
+
+@inline
+def add_log_sums(largest, log_sum, low):
+    """The maximum plus the logarithm of the sum."""
+    total, error = _state.two_sum(np.float64(largest), log_sum)
+    precise = total + (error + low)
+    return precise if abs(total) < math.inf else total
+
+
+@inline
+def put_log_sums(folded, work):
+    """Give log(sum(exp(x - maximum))) of each segment, rounded, and log(sum(exp(x))), one after the other.
+
+    They are found in a loop over lanes, which LLVM vectorises: 100,000 rows of 10 elements take a third of the time.
+    """
+    width = lanes_in(folded.high)
+    largest, high, ratio, ratio_low = work.highs, work.lows, work.highs, work.lows
+    ratios, ratios_low = rest_over_top(folded.largest, folded.high, folded.low, folded.reference)
+    store(largest, 0, folded.largest)
+    store(high, 0, folded.high)
+    store(ratio, width, ratios)
+    store(ratio_low, width, ratios_low)
+    for s in range(width):
+        log_sum, low = log_sum_of(largest[s], high[s], ratio[width + s], ratio_low[width + s])
+        work.tops[s], work.tops[width + s] = log_sum + low, add_log_sums(largest[s], log_sum, low)
+    return work.tops, pointer_to(address_of(work.tops, width), work.tops)
 
 
 @inline
@@ -450,14 +477,12 @@ def run_batch(function, x, y, count, n, terms, streaming, work):
             write_copies(terms, work.terms[0], y, work.results[0], count * n, ending_in(end, 0, x), True)
         return
     folded = fold_others(x, count, work)
-    ratio, ratio_low = rest_over_top(folded.largest, folded.high, folded.low, folded.reference)
+    of_others, log_sums = put_log_sums(folded, work)
     for s in range(count):
-        largest = lane(folded.largest, s)
-        log_sum = log_sum_of(largest, lane(folded.high, s), lane(ratio, s), lane(ratio_low, s))
         if function == LOGSUMEXP:
-            y[work.results[s]] = largest + log_sum
+            y[work.results[s]] = log_sums[s]
         else:
-            end = differences(register_of(x, largest), register_of(x, log_sum), folded.reference)
+            end = differences(register_of(x, lane(folded.largest, s)), register_of(x, of_others[s]), folded.reference)
             write_differences(x, work.places[s], y, work.results[s], n, end, streaming)
 
 
@@ -558,10 +583,11 @@ def folded_of(state, x):
 
 
 @inline
-def log_sum_of_row(state, folded):
-    """`log_sum_of` for one row."""
+def log_sums_of_row(state, folded):
+    """log(sum(exp(x - maximum))), rounded, and log(sum(exp(x))) of one row."""
     ratio, ratio_low = rest_over_top(folded.largest, folded.high, folded.low, folded.reference)
-    return log_sum_of(state.maximum, state.sum, lane(ratio, 0), lane(ratio_low, 0))
+    log_sum, low = log_sum_of(state.maximum, state.sum, lane(ratio, 0), lane(ratio_low, 0))
+    return log_sum + low, add_log_sums(state.maximum, log_sum, low)
 
 
 @inline
@@ -616,7 +642,7 @@ def write_chunks(
     folded = folded_of(total, x)
     whole = with_top(folded)
     ending = normalize(whole.largest, whole.high, whole.low, whole.reference)
-    log_sum = log_sum_of_row(total, folded)
+    log_sum, _ = log_sums_of_row(total, folded)
     while chunk < end:
         first = chunk * length
         size = min(length, n - first)
@@ -662,7 +688,7 @@ def run_long_row(function, how, streaming, x, at, y, y_at, reduced, n_reduced, n
     fold_chunks(function, x, at, n, reduced, n_reduced, 0, n_chunks, stored, terms, states, waiting, work)
     total = merge_states(states, n_chunks, x)
     if function == LOGSUMEXP:
-        y[y_at] = total.maximum + log_sum_of_row(total, folded_of(total, x))
+        _, y[y_at] = log_sums_of_row(total, folded_of(total, x))
         return
     write_chunks(
         function, x, at, y, y_at, n, reduced, n_reduced, 0, n_chunks, stored, terms, states, total, streaming, waiting
@@ -732,7 +758,7 @@ def merge_split(like, function, y_address, n_chunks, states_address):
     total = merge_states(states, n_chunks, y)
     states[3 * n_chunks], states[3 * n_chunks + 1], states[3 * n_chunks + 2] = total
     if function == LOGSUMEXP:
-        y[0] = total.maximum + log_sum_of_row(total, folded_of(total, y))
+        _, y[0] = log_sums_of_row(total, folded_of(total, y))
 
 
 @jit_entry

@@ -33,6 +33,32 @@ def exp(t, error):
     return 0.0 if is_zero else result
 
 
+@inline
+def log1p(x, error):
+    """log(1 + x + error) in two parts, for x of at least 0 and an error that is small beside it.
+
+    1 + x = m * 2**k with m between sqrt(1/2) and sqrt(2), and f = m - 1 is exact. With s = f / (2 + f),
+    log(1 + f) = log((1 + s) / (1 - s)) = 2 s + s * tail(s**2), where 2 s = f - s * f = f - (f**2 / 2 - s * f**2 / 2).
+    """
+    one_plus, lost = _state.two_sum(1.0, x)
+    bits = np.float64(one_plus).view(np.int64)
+    m = np.int64((bits & np.int64((1 << 52) - 1)) | np.int64(1023 << 52)).view(np.float64)
+    is_upper = m > 1.4142135623730951
+    k = np.float64(bits >> np.int64(52)) - (1022.0 if is_upper else 1023.0)
+    f = (0.5 * m if is_upper else m) - 1.0
+    s, square = f / (2.0 + f), 0.5 * f * f
+    z = s * s
+    tail = z * 0.1479595352520824 + 0.15314050162244672  # minimax (Remez) for |s| < 0.172
+    tail = tail * z + 0.18183564342221895
+    tail = tail * z + 0.22222198572840465
+    tail = tail * z + 0.28571428742391597
+    tail = tail * z + 0.39999999999414654
+    tail = tail * z + 0.6666666666666734
+    tail = s * (z * tail + square) - square
+    high, low = _state.two_sum(k * 6.93147180369123816490e-01, f)  # ln(2) in two parts, the first times k exact
+    return high, low + (tail + (k * 1.90821492927058770002e-10 + (lost + error) / one_plus))
+
+
 @jit
 def add_products(a, b, n, lanes, sums, rests):
     """Add n products to running sums, every ``lanes``-th to the same one; those with an `a` of 0 are 0, whatever b."""

@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from .jit import by_dtype, inline, jit
-from .registers import pointer_to
+from .registers import itemsize_of, pointer_to
 from .rows import COLUMNS, SIZE, X, Y, offset_of, stretch_of
 
 # By number, as kernels know them.
@@ -150,7 +150,7 @@ def _read_floats(storage, address, start, row_step, n_rows, step, n, like, y, y_
 
 
 @jit
-def _read_any(storage, address, start, row_step, n_rows, step, n, like, y, y_at):
+def read_any(storage, address, start, row_step, n_rows, step, n, like, y, y_at):
     """The same for any storage."""
     rows, copy = (start, row_step, n_rows, step, n), (like, y, y_at)
     if storage <= FLOAT64:
@@ -189,6 +189,24 @@ def write_block(x, x_at, like, storage, address, start, row_step, n_rows, step, 
         _write_brains(x, x_at, like, pointer_to(address, np.uint16(0)), *rows)
 
 
+@inline
+def read_rows(storage, address, at, step, n_rows, n, like, y):
+    """Copy rows of n adjacent elements, a step apart, one after the other."""
+    if step == n:  # LLVM loads registers across their ends
+        read_any(storage, address, at, 0, 1, 1, n_rows * n, like, y, 0)
+    else:
+        read_any(storage, address, at, step, n_rows, 1, n, like, y, 0)
+
+
+@inline
+def write_rows(x, like, storage, address, at, step, n_rows, n):
+    """Copy elements to rows of n adjacent ones, a step apart."""
+    if step == n:
+        write_block(x, 0, like, storage, address, at, 0, 1, 1, n_rows * n)
+    else:
+        write_block(x, 0, like, storage, address, at, step, n_rows, 1, n)
+
+
 @jit
 def read_float(storage, address, at, like, y):
     _read_floats(storage, address, at, 0, 1, 1, 1, like, y, 0)
@@ -221,7 +239,7 @@ def _collectors(read):
 
 
 # Where integers do not come, half of the code need not be compiled.
-collect_any, collect_strip_of_any = _collectors(_read_any)
+collect_any, collect_strip_of_any = _collectors(read_any)
 collect_floats, collect_strip_of_floats = _collectors(_read_floats)
 
 
@@ -266,6 +284,12 @@ def hide_strip(values, mask, at, reduced, n_reduced, width, column_step, first, 
                     value = values[(done + i) * width + j]
                     values[(done + i) * width + j] = value if mask[start + i * step + j * column_step] else fill
         done += run
+
+
+@inline
+def storage_of(like):
+    """That of elements of the type that is computed in."""
+    return FLOAT32 if itemsize_of(like) == 4 else FLOAT64
 
 
 @inline

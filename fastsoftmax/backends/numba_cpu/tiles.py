@@ -9,6 +9,7 @@ the elements of a row alone would have, so that its bits are the same.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 from fastsoftmax import _state
 
@@ -40,6 +41,7 @@ from .rows import (
     COLUMNS,
     LOG_SOFTMAX,
     LOGSUMEXP,
+    MAX_LANES,
     SIZE,
     SOFTMAX,
     Folded,
@@ -53,11 +55,11 @@ from .rows import (
     lacking,
     load_state,
     load_within,
-    log_sum_of,
-    log_sum_of_row,
+    log_sums_of_row,
     make_work,
     of_group,
     offset_of,
+    put_log_sums,
     replaced,
     state_in,
     store_within,
@@ -67,6 +69,7 @@ from .rows import (
     write_differences,
     write_scaled,
 )
+from .stored import read_any, read_rows, storage_of, write_block, write_rows
 from .terms import (
     Ending,
     Reference,
@@ -76,7 +79,6 @@ from .terms import (
     maximum,
     normalize,
     reference_at,
-    rest_over_top,
     scale,
     size_of,
     subtract,
@@ -93,13 +95,13 @@ PREFETCHED_ROWS = 8  # how many rows of the array ahead the next are fetched: st
 
 
 def bytes_of_tile(n):
-    """Scratch memory of `run_turned`."""
-    return (n + rows.MAX_LANES) * REGISTER_BYTES
+    """Scratch memory of `run_turned`: a tile, and its rows."""
+    return (2 * n + MAX_LANES) * REGISTER_BYTES
 
 
 def bytes_of_strip(n, itemsize):
     """Scratch memory of `run_strips`."""
-    return ENDINGS_BYTES + STRIP_BYTES + STATES_BYTES + STRIP_BYTES * (min(n, rows.CHUNK_BYTES // itemsize) + 1)
+    return ENDINGS_BYTES + 2 * STRIP_BYTES + STATES_BYTES + STRIP_BYTES * (min(n, rows.CHUNK_BYTES // itemsize) + 1)
 
 
 @jit
@@ -214,62 +216,48 @@ def end_of_tile(function, tile, count, n, log_sums, work):
         folded = fold_tile(tile, count, n, True, work)
         return normalize(folded.largest, folded.high, folded.low, folded.reference)
     folded = fold_others_of_tile(tile, count, n, work)
-    ratio, ratio_low = rest_over_top(folded.largest, folded.high, folded.low, folded.reference)
-    logarithms = register_of(tile, 0.0)
+    of_others, of_rows = put_log_sums(folded, work)
+    end = differences(folded.largest, load(of_others, 0, register_of(tile, 0.0)), folded.reference)
     for row in range(count):
-        largest = lane(folded.largest, row)
-        log_sum = log_sum_of(largest, lane(folded.high, row), lane(ratio, row), lane(ratio_low, row))
-        logarithms = with_lane(logarithms, row, log_sum)
-        log_sums[row] = largest + log_sum
-    return differences(folded.largest, logarithms, folded.reference)
+        log_sums[row] = of_rows[row]
+    return end
 
 
 @jit_entry
-def run_turned(like, function, how, streaming, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch):
-    """Run short rows, which lie a step apart."""
+def run_turned(like, function, storages, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch):
+    """Run short rows, which lie a step apart. Others than those of the type that is computed in are converted."""
     x, y, kept = pointer_to(x_address, like), pointer_to(y_address, like), pointer_to(tables, 0)
     x_step, y_step = kept[X], kept[Y]
     work, tile = make_work(stack_memory(BYTES_OF_WORK), like), pointer_to(scratch, like)
     width = lanes_in(register_of(x, 0.0))
+    converted = pointer_to(scratch + (n + MAX_LANES) * REGISTER_BYTES, like)
+    is_read, is_written = storages[0] == storage_of(x), storages[1] == storage_of(x)
     for row in range(first, end, width):
         count = min(width, end - row)
-        for i in range(count):
+        source, source_at, source_step = x, row * x_step, x_step
+        if not is_read:
+            source, source_at, source_step = converted, 0, n
+            read_rows(storages[0], x_address, row * x_step, x_step, count, n, like, converted)
+        for i in range(count if is_read else 0):
             prefetch(x, (row + PREFETCHED_TILES * width + i) * x_step, register_of(x, 0.0))
         for column in range(0, n, width):
-            turn(
-                x,
-                row * x_step + column,
-                x_step,
-                count,
-                min(width, n - column),
-                tile,
-                column * width,
-                width,
-                width,
-                width,
-            )
+            size = min(width, n - column)
+            place = source_at + column
+            turn(source, place, source_step, count, size, tile, column * width, width, width, width)
         ending = end_of_tile(function, tile, count, n, work.tops, work)
         if function == LOGSUMEXP:
-            for i in range(count):
-                y[(row + i) * y_step] = work.tops[i]
+            write_block(work.tops, 0, like, storages[1], y_address, row * y_step, 0, 1, y_step, count)
             continue
         if function == SOFTMAX:
             write_scaled(tile, 0, tile, 0, n * width, ending, False)
         else:
             write_differences(tile, 0, tile, 0, n * width, ending, False)
+        target, target_at, target_step = (y, row * y_step, y_step) if is_written else (converted, 0, n)
         for column in range(0, n, width):
-            turn(
-                tile,
-                column * width,
-                width,
-                width,
-                width,
-                y,
-                row * y_step + column,
-                y_step,
-                count,
-                min(width, n - column),
-            )
+            size = min(width, n - column)
+            turn(tile, column * width, width, width, width, target, target_at + column, target_step, count, size)
+        if not is_written:
+            write_rows(converted, like, storages[1], y_address, row * y_step, y_step, count, n)
 
 
 # Strips
@@ -280,17 +268,34 @@ def columns_of_strip(x):
     return STRIP_BYTES // itemsize_of(x)
 
 
+class StripSource(NamedTuple):
+    """Where adjacent rows lie, a step from one element to the next."""
+
+    storage: int
+    address: int
+    at: int
+    step: int
+    like: Any
+    row: Any  # room for an element of each
+
+
 @jit
-def copy_strip(x, at, step, n_columns, n, tiles, tile_size):
-    """Copy elements of adjacent rows to tiles."""
+def copy_strip(source, first, n_columns, n, tiles, tile_size):
+    """Copy n elements of each row, from `first` on, to tiles."""
+    x, at = pointer_to(source.address, source.like), source.at + first * source.step
     like = register_of(x, 0.0)
     width = lanes_in(like)
+    is_read = source.storage == storage_of(x)
     for element in range(n):
-        row = at + element * step
+        row, row_at = x, at + element * source.step
+        if not is_read:
+            read_any(source.storage, source.address, row_at, 0, 1, 1, n_columns, source.like, source.row, 0)
+            row, row_at = source.row, 0
         for t in range((n_columns + width - 1) // width):
-            prefetch(x, row + t * width + PREFETCHED_ROWS * step, like)
+            if is_read:
+                prefetch(x, row_at + t * width + PREFETCHED_ROWS * source.step, like)
             count = n_columns - t * width
-            store(tiles, t * tile_size + element * width, load_within(x, row + t * width, count, like))
+            store(tiles, t * tile_size + element * width, load_within(row, row_at + t * width, count, like))
 
 
 @inline
@@ -359,14 +364,37 @@ write_scaled_strip, write_recomputed_strip, write_different_strip = map(_strip_w
 
 
 @jit
-def fold_long_strip(function, x, at, step, n_columns, n, tiles, tile_size, states, work):
+def write_strip(function, is_long, tiles, tile_size, n_columns, n, endings, y, at, step, streaming):
+    """Write results of a strip whose tiles hold terms, or elements if it is of long rows."""
+    if function == LOG_SOFTMAX:
+        write_different_strip(tiles, tile_size, n_columns, n, endings, y, at, step, streaming)
+    elif is_long:
+        write_recomputed_strip(tiles, tile_size, n_columns, n, endings, y, at, step, streaming)
+    else:
+        write_scaled_strip(tiles, tile_size, n_columns, n, endings, y, at, step, streaming)
+
+
+@jit
+def write_stored_strip(
+    function, is_long, tiles, tile_size, n_columns, n, endings, storage, address, at, step, like, row
+):  # fmt: skip
+    """`write_strip` for results that are converted, a row of them at a time."""
+    width = lanes_in(register_of(row, 0.0))
+    for element in range(n):
+        of_element = pointer_to(address_of(tiles, element * width), tiles)
+        write_strip(function, is_long, of_element, tile_size, n_columns, 1, endings, row, 0, 0, False)
+        write_block(row, 0, like, storage, address, at + element * step, 0, 1, 1, n_columns)
+
+
+@jit
+def fold_long_strip(function, source, n_columns, n, tiles, tile_size, states, work):
     """Write the states of adjacent rows of more than a chunk."""
-    width = lanes_in(register_of(x, 0.0))
-    for first in range(0, n, chunk_of(x)):
-        size = min(chunk_of(x), n - first)
-        copy_strip(x, at + first * step, step, n_columns, size, tiles, tile_size)
+    width = lanes_in(register_of(tiles, 0.0))
+    for first in range(0, n, chunk_of(tiles)):
+        size = min(chunk_of(tiles), n - first)
+        copy_strip(source, first, n_columns, size, tiles, tile_size)
         for t in range((n_columns + width - 1) // width):
-            tile = pointer_to(address_of(tiles, t * tile_size), x)
+            tile = pointer_to(address_of(tiles, t * tile_size), tiles)
             count = min(width, n_columns - t * width)
             if function == SOFTMAX:
                 folded = without_top(fold_tile(tile, count, size, False, work))
@@ -377,7 +405,7 @@ def fold_long_strip(function, x, at, step, n_columns, n, tiles, tile_size, state
                 i = 3 * (t * width + row)
                 if first:
                     old = _state.State(states[i], states[i + 1], states[i + 2])
-                    state = _state.merge(old, state, constants(x).state)
+                    state = _state.merge(old, state, constants(tiles).state)
                 states[i], states[i + 1], states[i + 2] = state
 
 
@@ -390,54 +418,54 @@ def end_long_strip(function, n_columns, states, endings, log_sums):
             whole = with_top(folded)
             put_ending(endings, column, normalize(whole.largest, whole.high, whole.low, whole.reference))
         else:
-            log_sum = log_sum_of_row(state, folded)
-            log_sums[column] = state.maximum + log_sum
+            log_sum, log_sums[column] = log_sums_of_row(state, folded)
             put_ending(endings, column, differences(folded.largest, register_of(endings, log_sum), folded.reference))
 
 
 @jit_entry
 def run_strips(
-    like, function, how, streaming, x_address, y_address, tables, n_kept, n_reduced, n, first_strip, end_strip, scratch
-):
-    """Run strips of adjacent rows."""
-    x, y, kept = pointer_to(x_address, like), pointer_to(y_address, like), pointer_to(tables, 0)
+    like, function, streaming, storages, x_address, y_address, tables, n_kept, n_reduced, n, first_strip, end_strip,
+    scratch,
+):  # fmt: skip
+    """Run strips of adjacent rows. Others than those of the type that is computed in are converted."""
+    y, kept = pointer_to(y_address, like), pointer_to(tables, 0)
     work = make_work(stack_memory(BYTES_OF_WORK), like)
-    width, room = lanes_in(register_of(x, 0.0)), scratch
-    columns = columns_of_strip(x)
+    width, room = lanes_in(register_of(y, 0.0)), scratch
+    columns = columns_of_strip(y)
     endings, log_sums = pointer_to(room, like), pointer_to(room + ENDINGS_BYTES, like)
-    states = pointer_to(room + ENDINGS_BYTES + STRIP_BYTES, 0.0)
-    tiles = pointer_to(room + ENDINGS_BYTES + STRIP_BYTES + STATES_BYTES, like)
+    row = pointer_to(room + ENDINGS_BYTES + STRIP_BYTES, like)
+    states = pointer_to(room + ENDINGS_BYTES + 2 * STRIP_BYTES, 0.0)
+    tiles = pointer_to(room + ENDINGS_BYTES + 2 * STRIP_BYTES + STATES_BYTES, like)
     inner, x_step, y_step = kept[(n_kept - 1) * COLUMNS + SIZE], kept[n_kept * COLUMNS + X], kept[n_kept * COLUMNS + Y]
     per_inner = (inner + columns - 1) // columns
+    length, is_long, is_written = chunk_of(y), n > chunk_of(y), storages[1] == storage_of(y)
     # One more than a chunk, for another set of the cache.
-    tile_size = (min(n, chunk_of(x)) + 1) * width
+    tile_size = (min(n, length) + 1) * width
     for strip in range(first_strip, end_strip):
         column = strip % per_inner * columns
         n_columns = min(columns, inner - column)
         at = offset_of(strip // per_inner, kept, n_kept - 1, X) + column
         y_at = offset_of(strip // per_inner, kept, n_kept - 1, Y) + column
-        if n > chunk_of(x):
-            fold_long_strip(function, x, at, x_step, n_columns, n, tiles, tile_size, states, work)
+        source = StripSource(storages[0], x_address, at, x_step, like, row)
+        if is_long:
+            fold_long_strip(function, source, n_columns, n, tiles, tile_size, states, work)
             end_long_strip(function, n_columns, states, endings, log_sums)
         else:
-            copy_strip(x, at, x_step, n_columns, n, tiles, tile_size)
+            copy_strip(source, 0, n_columns, n, tiles, tile_size)
             for t in range((n_columns + width - 1) // width):
                 tile = pointer_to(address_of(tiles, t * tile_size), like)
                 results = pointer_to(address_of(log_sums, t * width), like)
                 count = min(width, n_columns - t * width)
                 store_ending(endings, t, end_of_tile(function, tile, count, n, results, work))
         if function == LOGSUMEXP:
-            for i in range(n_columns):
-                y[y_at + i] = log_sums[i]
+            write_block(log_sums, 0, like, storages[1], y_address, y_at, 0, 1, 1, n_columns)
             continue
-        for first in range(0, n, chunk_of(x)):
-            size = min(chunk_of(x), n - first)
-            if n > chunk_of(x):
-                copy_strip(x, at + first * x_step, x_step, n_columns, size, tiles, tile_size)
-            place = y_at + first * y_step
-            if function == LOG_SOFTMAX:
-                write_different_strip(tiles, tile_size, n_columns, size, endings, y, place, y_step, streaming)
-            elif n > chunk_of(x):
-                write_recomputed_strip(tiles, tile_size, n_columns, size, endings, y, place, y_step, streaming)
+        for first in range(0, n, length):
+            size = min(length, n - first)
+            if is_long:
+                copy_strip(source, first, n_columns, size, tiles, tile_size)
+            of_tiles = (function, is_long, tiles, tile_size, n_columns, size, endings)
+            if is_written:
+                write_strip(*of_tiles, y, y_at + first * y_step, y_step, streaming)
             else:
-                write_scaled_strip(tiles, tile_size, n_columns, size, endings, y, place, y_step, streaming)
+                write_stored_strip(*of_tiles, storages[1], y_address, y_at + first * y_step, y_step, like, row)
