@@ -4,7 +4,13 @@ A factor is a significand times a power of two, and the power is added to the ex
 overflows nor underflows on the way. Of each chunk, a term as large as the largest, but for a factor of 4, is found
 first. It is kept out of the sum, so that log1p of the rest over it has all digits, and its `a` becomes the offset.
 Elements with the same `a` then have their factors for terms, without rounding: b = [1, 2, -3] leaves exactly nothing.
+
+Short rows are folded side by side, as tiles: alone, one of ten elements is a chain of three hundred cycles.
 """
+
+cdef enum:
+    # Rows of up to this many elements are folded side by side, as many as a register has lanes.
+    MAX_WEIGHTED_TILE = 64
 
 
 cdef struct WeightedState:
@@ -78,30 +84,35 @@ cdef inline Py_ssize_t find_top(vec* a, const vec* b, Py_ssize_t n_registers, bi
     return -1  # of a chunk that is not regular
 
 
-cdef inline double sum_of_irregular(const vec* a, const vec* b, Py_ssize_t n) noexcept nogil:
-    """The sum of those terms that are infinite or NaN."""
-    cdef double total = 0.0, size
+cdef inline double sum_of_irregular(
+    const vec* a, const vec* b, Py_ssize_t n, Py_ssize_t first, Py_ssize_t step
+) noexcept nogil:
+    """The sum of those terms that are infinite or NaN, of n that are a step apart."""
+    cdef double total = 0.0, size, factor
     cdef Py_ssize_t i
     for i in range(n):
-        if get(b, i) != 0.0:
-            size = get(a, i)
-            size = get(b, i) * (1.0 if fabs(size) < INFINITY else exp(size))
+        size, factor = get(a, first + i * step), get(b, first + i * step)
+        if factor != 0.0:
+            size = factor * (1.0 if fabs(size) < INFINITY else exp(size))
             if not fabs(size) < INFINITY:
                 total += size
     return total
 
 
 cdef inline void fold_products(
-    const vec* a, const vec* b, int count, double offset, double exponent, vec* high, vec* low
+    const vec* a, const vec* b, int count, vec offsets, vec exponents, vec* high, vec* low, int step
 ) noexcept nogil:
-    """Add the terms b * exp(a - offset) * 2**-exponent of `count` registers to a sum in each lane."""
+    """Add the terms b * exp(a - offset) * 2**-exponent of `count` registers to a sum in each lane.
+
+    With a `step` of 1 each register has a sum of its own, with 0 all have the same.
+    """
     cdef vec[REFERENCE * GROUP] references
     cdef vec[GROUP] differences, errors, factors, terms, residuals
-    cdef vec zero = splat(0.0, a), least = splat(by_type(-FLT_MAX, -DBL_MAX, a), a), offsets = splat(offset, a), k, seen
+    cdef vec zero = splat(0.0, a), least = splat(by_type(-FLT_MAX, -DBL_MAX, a), a), k, seen
     cdef int j
     for j in range(count):
         split_factor(load(b + j), &factors[j], &k)
-        make_reference(zero, splat(exponent, a) - k, references + j * REFERENCE)
+        make_reference(zero, exponents - k, references + j * REFERENCE)
         differences[j] = load(a + j) - offsets
         seen = differences[j] + offsets
         errors[j] = (load(a + j) - seen) + (offsets - (seen - differences[j]))  # Knuth; NaN for -inf
@@ -111,7 +122,8 @@ cdef inline void fold_products(
     for j in range(count):
         residuals[j] = (residuals[j] + terms[j] * errors[j]) * factors[j]
         seen = terms[j] * factors[j]
-        accumulate(high, low, seen, residuals[j] - minus_product(seen, terms[j], factors[j]))
+        accumulate(
+            high + j * step, low + j * step, seen, residuals[j] - minus_product(seen, terms[j], factors[j]))
 
 
 cdef WeightedState fold_weighted_chunk(vec* a, const vec* b, Py_ssize_t n, double row_offset) noexcept nogil:
@@ -119,14 +131,14 @@ cdef WeightedState fold_weighted_chunk(vec* a, const vec* b, Py_ssize_t n, doubl
 
     It takes the `row_offset` of an earlier chunk if that is near: their sums then merge exactly.
     """
-    cdef vec high = splat(0.0, a), low = high, m, k
+    cdef vec high = splat(0.0, a), low = high, offsets, exponents, m, k
     cdef WeightedState state = weighted_identity()
     cdef Py_ssize_t n_registers = (n + lanes(a) - 1) // lanes(a), i = 0, top
     cdef int distance = lanes(a) // 2
     cdef bint is_regular
     top = find_top(a, b, n_registers, &is_regular)
     if not is_regular:
-        state.b, state.high = 1.0, sum_of_irregular(a, b, n)
+        state.b, state.high = 1.0, sum_of_irregular(a, b, n, 0, 1)
         return state
     if top < 0:
         return state
@@ -137,17 +149,80 @@ cdef WeightedState fold_weighted_chunk(vec* a, const vec* b, Py_ssize_t n, doubl
     # The term of the top becomes about 2**64 (float32; 2**100 in float64): the smallest is then as far below it as the
     # smallest subnormal result is below 1.
     state.exponent = rint((state.a - state.offset) * LOG2_E) + lane(k, 0) - by_type(64.0, 100.0, a)
+    offsets, exponents = splat(state.offset, a), splat(state.exponent, a)
     while i + GROUP <= n_registers:
-        fold_products(<const vec*>a + i, b + i, GROUP, state.offset, state.exponent, &high, &low)
+        fold_products(<const vec*>a + i, b + i, GROUP, offsets, exponents, &high, &low, 0)
         i += GROUP
     while i < n_registers:
-        fold_products(<const vec*>a + i, b + i, 1, state.offset, state.exponent, &high, &low)
+        fold_products(<const vec*>a + i, b + i, 1, offsets, exponents, &high, &low, 0)
         i += 1
     while distance:
         accumulate(&high, &low, swap(high, distance), swap(low, distance))
         distance //= 2
     state.high, state.low = lane(high, 0), lane(low, 0)
     return state
+
+
+cdef void fold_weighted_tile(vec* a, const vec* b, Py_ssize_t n, WeightedState* states) noexcept nogil:
+    """The states of rows of n elements, one in each lane; `a` is overwritten.
+
+    There is a sum for each of the lanes that a row alone would have, so that the bits are the same.
+    """
+    cdef vec[MAX_LANES] highs, lows
+    cdef vec zero = splat(0.0, a), least = splat(by_type(-FLT_MAX, -DBL_MAX, a), a), none = splat(-1.0, a)
+    cdef vec highest = least, probe = zero, top = none, largest = splat(-INFINITY, a), value, factor, size, m, k
+    cdef vec top_a = zero, top_b = zero, exponents
+    cdef int width = lanes(a), n_lanes = lanes_with_elements(n, a), distance = lanes(a) // 2, l = 0, j, count
+    cdef Py_ssize_t i
+    for i in range(n):
+        factor = load(b + i)
+        value = where_at_most(absolute(factor), zero, splat(-INFINITY, a), load(<const vec*>a + i))
+        store(a + i, value)
+        value = maximum(least, value)  # which leaves +inf and NaN
+        highest = maximum(value, highest)
+        probe = probe + ((value - value) + (factor - factor))  # NaN for those and for factors that are
+    for l in range(n_lanes):  # in the order in which `find_top` compares
+        i = l
+        while i < n:
+            value, factor = load(<const vec*>a + i), load(b + i)
+            split_factor(factor, &m, &k)
+            size = (value - highest) + k * splat(LN2, a)
+            top = where_at_most(size, largest, top, splat(i, a))
+            top_a, top_b = where_at_most(size, largest, top_a, value), where_at_most(size, largest, top_b, factor)
+            largest = maximum(size, largest)
+            i += width
+    top = where_at_most(absolute(probe), zero, top, none)
+    split_factor(top_b, &m, &k)
+    exponents = k - splat(by_type(64.0, 100.0, a), a)
+    for i in range(n):
+        store(a + i, where_at_most(absolute(top - splat(i, a)), zero, splat(-INFINITY, a), load(<const vec*>a + i)))
+    for l in range(n_lanes):
+        highs[l] = lows[l] = zero
+    l = 0
+    while l < n_lanes:
+        count = GROUP if l + GROUP <= n_lanes else 1
+        i = l
+        while i + count <= n:
+            if count == GROUP:
+                fold_products(<const vec*>a + i, b + i, GROUP, top_a, exponents, highs + l, lows + l, 1)
+            else:
+                fold_products(<const vec*>a + i, b + i, 1, top_a, exponents, highs + l, lows + l, 1)
+            i += width
+        for j in range(<int>max(n - i, <Py_ssize_t>0)):
+            fold_products(<const vec*>a + i + j, b + i + j, 1, top_a, exponents, highs + l + j, lows + l + j, 1)
+        l += count
+    while distance:
+        for l in range(min(distance, n_lanes - distance)):
+            accumulate(&highs[l], &lows[l], highs[l + distance], lows[l + distance])
+        distance //= 2
+    for l in range(width):
+        states[l] = weighted_identity()
+        if lane(probe, l) != 0.0:
+            states[l].b, states[l].high = 1.0, sum_of_irregular(<const vec*>a, b, n, l, width)
+        elif lane(top, l) >= 0.0:
+            states[l].a = states[l].offset = lane(top_a, l)
+            states[l].b, states[l].exponent = lane(top_b, l), lane(exponents, l)
+            states[l].high, states[l].low = lane(highs[0], l), lane(lows[0], l)
 
 
 cdef inline double exp_difference(double x, double offset, double* low, double* exponent) noexcept nogil:
@@ -321,22 +396,31 @@ cdef Dimensions dimensions_of_factors(tuple layout):
     return result
 
 
-cdef WeightedState fold_weighted(
-    const WeightedCall* call, const char* a, const char* b, const char* mask, Py_ssize_t n, vec* scratch
+cdef inline void collect_weighted(
+    const WeightedCall* call, Py_ssize_t row, Py_ssize_t first, Py_ssize_t n, vec* terms, vec* factors
 ) noexcept nogil:
+    """n elements of a row, from `first` on, and their factors, which are 0 where they are masked."""
+    cdef Py_ssize_t offset, unused, i
+    locate(&call.a_kept, row, &offset, &unused)
+    gather(call.a + offset, &call.a_row, first, n, terms, call.a_storage)
+    locate(&call.b_kept, row, &offset, &unused)
+    gather(call.b + offset, &call.b_row, first, n, factors, call.b_storage)
+    if call.mask != NULL:  # a factor of 0 drops its term, whatever that is
+        locate(&call.mask_kept, row, &offset, &unused)
+        hide(factors, call.mask + offset, &call.mask_row, first, n, 0.0)
+    if call.temperature != 1.0:  # as a double: rounded to float32 it would be an error of every quotient
+        for i in range(n):
+            put(terms, i, get(<const vec*>terms, i) / call.temperature)
+
+
+cdef WeightedState fold_weighted(const WeightedCall* call, Py_ssize_t row, Py_ssize_t n, vec* scratch) noexcept nogil:
     """The state of a row of any strides; `scratch` has room for two chunks."""
     cdef Py_ssize_t length = weighted_length(<const vec*>scratch), width = lanes(<const vec*>scratch), first = 0, size, i
     cdef vec* factors = <vec*>at(<const vec*>scratch, length)
     cdef WeightedState total = weighted_identity()
     while first < n:
         size = min(length, n - first)
-        gather(a, &call.a_row, first, size, scratch, call.a_storage)
-        gather(b, &call.b_row, first, size, factors, call.b_storage)
-        if mask != NULL:  # a factor of 0 drops its term, whatever that is
-            hide(factors, mask, &call.mask_row, first, size, 0.0)
-        if call.temperature != 1.0:  # as a double: rounded to float32 it would be an error of every quotient
-            for i in range(size):
-                put(scratch, i, get(scratch, i) / call.temperature)
+        collect_weighted(call, row, first, size, scratch, factors)
         for i in range(size, (size + width - 1) // width * width):
             put(scratch, i, 0.0)
             put(factors, i, 0.0)
@@ -345,26 +429,48 @@ cdef WeightedState fold_weighted(
     return total
 
 
+cdef void fold_weighted_rows(
+    const WeightedCall* call, Py_ssize_t first, Py_ssize_t n, WeightedState* states, vec* scratch
+) noexcept nogil:
+    """The states of as many short rows as a register has lanes; `scratch` has room for them twice, and their factors."""
+    cdef const vec* like = scratch
+    cdef vec* factors = scratch + n
+    cdef Py_ssize_t stride = n * itemsize(like), row
+    for row in range(lanes(like)):
+        collect_weighted(
+            call, first + row, 0, n, <vec*>at(<const vec*>scratch, row * n), <vec*>at(<const vec*>factors, row * n))
+    turn(scratch, stride, lanes(like), n, scratch + 2 * n, REGISTER_BYTES, AS_COMPUTED, AS_COMPUTED, like)
+    turn(factors, stride, lanes(like), n, scratch + 3 * n, REGISTER_BYTES, AS_COMPUTED, AS_COMPUTED, like)
+    fold_weighted_tile(scratch + 2 * n, <const vec*>scratch + 3 * n, n, states)
+
+
+cdef inline void write_log_sum(
+    const WeightedCall* call, Py_ssize_t row, WeightedState state, const vec* like
+) noexcept nogil:
+    cdef Py_ssize_t unused, y_offset
+    cdef double sign, result = weighted_log_sum(state, &sign)
+    locate(&call.a_kept, row, &unused, &y_offset)
+    if call.signs != NULL:
+        store_stored(call.signs + y_offset, splat(sign, like), 1, call.storage)
+    elif sign < 0.0:
+        result = INFINITY - INFINITY
+    store_stored(call.y + y_offset, splat(result, like), 1, call.storage)
+
+
 cdef bint run_weighted_block(const WeightedCall* call, Py_ssize_t block, const vec* like) noexcept nogil:
-    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept), row
-    cdef Py_ssize_t a_offset, b_offset, mask_offset, y_offset
-    cdef double result, sign
+    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept), i
+    cdef Py_ssize_t row = n_rows * block // call.n_blocks, end = n_rows * (block + 1) // call.n_blocks
+    cdef WeightedState[MAX_LANES] states
     cdef vec* scratch = <vec*>malloc(2 * weighted_length(like) * itemsize(like))
     if scratch == NULL:
         return False
-    for row in range(n_rows * block // call.n_blocks, n_rows * (block + 1) // call.n_blocks):
-        locate(&call.b_kept, row, &b_offset, &y_offset)
-        locate(&call.mask_kept, row, &mask_offset, &y_offset)
-        locate(&call.a_kept, row, &a_offset, &y_offset)
-        result = weighted_log_sum(
-            fold_weighted(
-                call, call.a + a_offset, call.b + b_offset, NULL if call.mask == NULL else call.mask + mask_offset, n,
-                scratch),
-            &sign)
-        if call.signs != NULL:
-            store_stored(call.signs + y_offset, splat(sign, like), 1, call.storage)
-        elif sign < 0.0:
-            result = INFINITY - INFINITY
-        store_stored(call.y + y_offset, splat(result, like), 1, call.storage)
+    while n <= MAX_WEIGHTED_TILE and row + lanes(like) <= end:
+        fold_weighted_rows(call, row, n, states, scratch)
+        for i in range(lanes(like)):
+            write_log_sum(call, row + i, states[i], like)
+        row += lanes(like)
+    while row < end:
+        write_log_sum(call, row, fold_weighted(call, row, n, scratch), like)
+        row += 1
     free(scratch)
     return True

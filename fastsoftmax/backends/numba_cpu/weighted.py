@@ -13,16 +13,16 @@ from fastsoftmax import _state
 from fastsoftmax._state import FLOAT64
 
 from .jit import inline, jit, jit_entry
-from .registers import pointer_to
+from .registers import address_of, pointer_to
 from .rows import COLUMNS, X, Y, offset_of
 from .scalars import power_of_two
 from .stored import collect_any, hide_strip, write_one
 
 CHUNK = 4096
-BYTES_OF_WEIGHTED = 2 * CHUNK * 8
 
 # Running sums of a row.
 _LANES = 16
+BYTES_OF_WEIGHTED = (2 * CHUNK + 2 * _LANES) * 8
 
 
 @inline
@@ -91,9 +91,11 @@ def _store_products(a, b, n, offset, exponent):
 
 
 @jit
-def _sum_in_lanes(terms, residues, n):
+def _sum_in_lanes(terms, residues, n, sums):
     """The sum of terms and residues in two parts: over every `_LANES`-th first, which LLVM does side by side."""
-    sums, rests = np.zeros(_LANES), np.zeros(_LANES)
+    rests = pointer_to(address_of(sums, _LANES), sums)
+    for j in range(_LANES):
+        sums[j], rests[j] = 0.0, 0.0
     for first in range(0, n, _LANES):
         for j in range(min(_LANES, n - first)):
             sums[j], error = _state.two_sum(sums[j], terms[first + j])
@@ -106,7 +108,7 @@ def _sum_in_lanes(terms, residues, n):
 
 
 @jit
-def _fold_weighted_chunk(a, b, n, row_offset):
+def _fold_weighted_chunk(a, b, n, row_offset, sums):
     """The state of a chunk of terms, which are overwritten."""
     top, is_regular = _find_top(a, b, n)
     if not is_regular:
@@ -119,7 +121,7 @@ def _fold_weighted_chunk(a, b, n, row_offset):
     _, b_exponent = _split_factor(b_top)
     exponent = np.rint((a_top - offset) * FLOAT64.log2e) + b_exponent - _state.WEIGHTED_TOP
     _store_products(a, b, n, offset, exponent)
-    total, rest = _sum_in_lanes(a, b, n)
+    total, rest = _sum_in_lanes(a, b, n, sums)
     return _state.WeightedState(a_top, b_top, offset, exponent, total, rest)
 
 
@@ -134,6 +136,7 @@ def run_weighted(
     """
     mask = pointer_to(mask_address, np.uint8(0))
     terms, factors = pointer_to(scratch, 0.0), pointer_to(scratch + CHUNK * 8, 0.0)
+    sums = pointer_to(scratch + 2 * CHUNK * 8, 0.0)
     row_bytes = COLUMNS * 8
     a_kept, a_reduced = pointer_to(tables, 0), pointer_to(tables + n_kept * row_bytes, 0)
     tables += (n_kept + n_reduced) * row_bytes
@@ -153,7 +156,7 @@ def run_weighted(
             if temperature != 1.0:
                 for j in range(size):
                     terms[j] /= temperature
-            state = _state.merge_weighted(state, _fold_weighted_chunk(terms, factors, size, state.offset))
+            state = _state.merge_weighted(state, _fold_weighted_chunk(terms, factors, size, state.offset, sums))
         log_sum, sign = _state.weighted_logsumexp(state)
         y_at = offset_of(row, a_kept, n_kept, Y)
         terms[0] = log_sum if addresses[3] or sign >= 0.0 else math.nan
