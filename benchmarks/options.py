@@ -1,6 +1,7 @@
 """How much longer does a call take with ``where=``, ``temperature=`` or ``dtype=``, and than by hand?"""
 
 import numpy as np
+import scipy.special
 
 import fastsoftmax
 from fastsoftmax._bench import parse_case
@@ -56,3 +57,36 @@ class Options:
                 by_hand(self.function, self.x, self.axis, self.out, **self.options)
             else:
                 self.function(self.x, self.axis, out=self.out, **self.options)
+
+
+class Weighted:
+    """logsumexp with factors, of rows as mixture models have them and of longer ones."""
+
+    params = (
+        ["100000x3", "100000x10", "10x100000@0", "1000x1000", "1000x1000@0", "1000000"],
+        ["none", "b", "b and where", "b of float16"],
+        ["cython", "numba", "numpy", "peer:scipy"],
+    )
+    param_names = ("shape", "factors", "contender")
+    repeat = (2, 10, 0.5)
+    warmup_time = 0.05
+
+    def setup(self, shape, factors, contender):
+        case, rng = parse_case(shape, "float32"), np.random.default_rng(1)
+        a, axis = case.data(), case.axis
+        b = rng.random([size if axis == i else 1 for i, size in enumerate(a.shape)], np.float32)
+        options = {} if factors == "none" else {"b": b}
+        if factors == "b of float16":
+            a, options["b"] = a.astype(np.float16), b.astype(np.float16)
+        if factors == "b and where":
+            options["where"] = rng.random(a.shape) < 0.8
+        if contender == "peer:scipy":
+            if "where" in options:
+                raise NotImplementedError("SciPy takes no where")
+            self.call = lambda: scipy.special.logsumexp(a, axis, **options)
+        else:
+            self.call = lambda: fastsoftmax.logsumexp(a, axis, backend=contender, **options)
+        self.call()
+
+    def time_call(self, shape, factors, contender):
+        self.call()

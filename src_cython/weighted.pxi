@@ -5,12 +5,14 @@ overflows nor underflows on the way. Of each chunk, a term as large as the large
 first. It is kept out of the sum, so that log1p of the rest over it has all digits, and its `a` becomes the offset.
 Elements with the same `a` then have their factors for terms, without rounding: b = [1, 2, -3] leaves exactly nothing.
 
-Short rows are folded side by side, as tiles: alone, one of ten elements is a chain of three hundred cycles.
+Short rows are folded side by side, as tiles: alone, one of ten elements is a chain of hundreds of operations.
 """
 
 cdef enum:
-    # Rows of up to this many elements are folded side by side, as many as a register has lanes.
-    MAX_WEIGHTED_TILE = 64
+    # Rows of up to this many elements are folded side by side, as many as a register has lanes. In ms, so and one after
+    # the other: (100000, 10) float32 5.2 and 14.1, (2000, 100) 0.29 and 0.44, (1562, 128) 0.27 and 0.33, float64 0.49 and
+    # 0.45. With their factors and their turned copies they take a scratch of two chunks of 16 KiB.
+    MAX_WEIGHTED_TILE = 128
 
 
 cdef struct WeightedState:
@@ -288,32 +290,50 @@ cdef inline double two_sum_of(double a, double b, double* low) noexcept nogil:
     return total
 
 
-cdef double weighted_log_sum(WeightedState state, double* sign) noexcept nogil:
-    """The logarithm of the absolute value of the sum, and its sign."""
-    cdef double term, term_low, ratio, ratio_low, total, low = 0.0, rest_log, result
-    if state.b == 0.0:
-        sign[0] = 0.0
-        return -INFINITY
-    if not fabs(state.high) < INFINITY:
-        sign[0] = copysign(1.0, state.high) if state.high == state.high else state.high
-        return fabs(state.high)
-    term = kept_term(state, &term_low)
-    total = two_sum_of(term, state.high, &low)
-    total += low + (state.low + term_low)
-    if total == 0.0:
-        sign[0] = 0.0
-        return -INFINITY
-    sign[0] = copysign(1.0, total)
-    ratio = state.high / term
-    if ratio > -0.5:
-        ratio_low = (fma(-ratio, term, state.high) + (state.low - ratio * term_low)) / term
-        rest_log = log1p(ratio) + ratio_low / (1.0 + ratio)
-    else:
-        rest_log = log(fabs(total / term))
-    low = 0.0
-    result = two_sum_of(state.a, log(fabs(state.b)), &low)
-    result = two_sum_of(result, rest_log, &low)
-    return result + low
+cdef void weighted_log_sums(const WeightedState* states, int count, double* results, double* signs) noexcept nogil:
+    """The logarithms of the absolute values of sums, and their signs."""
+    cdef f64v[MAX_LANES] tops, factors, exponents, ratios, ratios_low, others
+    cdef f64v one = splat(1.0, tops), zero = splat(0.0, tops), high, error, log_high, log_low, rest
+    cdef double term, term_low, total, low, ratio
+    cdef int i, b_exponent
+    for i in range((count + lanes(tops) - 1) // lanes(tops)):
+        tops[i], factors[i], exponents[i], ratios[i], ratios_low[i], others[i] = zero, one, zero, zero, zero, zero
+    for i in range(count):
+        if states[i].b == 0.0:
+            results[i], signs[i] = -INFINITY, 0.0
+            continue
+        if not fabs(states[i].high) < INFINITY:
+            results[i], signs[i] = fabs(states[i].high), states[i].high
+            if signs[i] == signs[i]:
+                signs[i] = copysign(1.0, signs[i])
+            continue
+        term, low = kept_term(states[i], &term_low), 0.0
+        total = two_sum_of(term, states[i].high, &low)
+        total += low + (states[i].low + term_low)
+        results[i], signs[i] = -INFINITY, 0.0
+        if total == 0.0:
+            continue
+        results[i], signs[i], ratio = 0.0, copysign(1.0, total), states[i].high / term
+        put(tops, i, states[i].a)
+        put(factors, i, 2.0 * frexp(fabs(states[i].b), &b_exponent))
+        put(exponents, i, b_exponent - 1)
+        if ratio > -0.5:
+            put(ratios, i, ratio)
+            put(ratios_low, i, (fma(-ratio, term, states[i].high) + (states[i].low - ratio * term_low)) / term)
+        else:
+            put(others, i, log(fabs(total / term)))
+    for i in range((count + lanes(tops) - 1) // lanes(tops)):
+        high = two_sum(tops[i], exponents[i] * splat(LN2_HIGH_F64, tops), &rest)  # the product is exact
+        rest = rest + exponents[i] * splat(LN2_LOW_F64, tops)
+        log1p_parts(factors[i] - one, zero, &log_high, &log_low)
+        high = two_sum(high, log_high, &error)
+        rest = rest + (error + log_low)
+        log1p_parts(ratios[i], ratios_low[i], &log_high, &log_low)
+        high = two_sum(high, log_high + others[i], &error)
+        tops[i] = high + (rest + (error + log_low))
+    for i in range(count):
+        if results[i] == 0.0:
+            results[i] = get(<const f64v*>tops, i)
 
 
 cdef struct WeightedCall:
@@ -444,21 +464,25 @@ cdef void fold_weighted_rows(
     fold_weighted_tile(scratch + 2 * n, <const vec*>scratch + 3 * n, n, states)
 
 
-cdef inline void write_log_sum(
-    const WeightedCall* call, Py_ssize_t row, WeightedState state, const vec* like
+cdef inline void write_log_sums(
+    const WeightedCall* call, Py_ssize_t first, int count, const WeightedState* states, const vec* like
 ) noexcept nogil:
+    """Write the results of `count` rows, from the `first` on."""
+    cdef double[MAX_LANES] results, signs
     cdef Py_ssize_t unused, y_offset
-    cdef double sign, result = weighted_log_sum(state, &sign)
-    locate(&call.a_kept, row, &unused, &y_offset)
-    if call.signs != NULL:
-        store_stored(call.signs + y_offset, splat(sign, like), 1, call.storage)
-    elif sign < 0.0:
-        result = INFINITY - INFINITY
-    store_stored(call.y + y_offset, splat(result, like), 1, call.storage)
+    cdef int i
+    weighted_log_sums(states, count, results, signs)
+    for i in range(count):
+        locate(&call.a_kept, first + i, &unused, &y_offset)
+        if call.signs != NULL:
+            store_stored(call.signs + y_offset, splat(signs[i], like), 1, call.storage)
+        elif signs[i] < 0.0:
+            results[i] = INFINITY - INFINITY
+        store_stored(call.y + y_offset, splat(results[i], like), 1, call.storage)
 
 
 cdef bint run_weighted_block(const WeightedCall* call, Py_ssize_t block, const vec* like) noexcept nogil:
-    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept), i
+    cdef Py_ssize_t n = total_size(&call.a_row), n_rows = total_size(&call.a_kept)
     cdef Py_ssize_t row = n_rows * block // call.n_blocks, end = n_rows * (block + 1) // call.n_blocks
     cdef WeightedState[MAX_LANES] states
     cdef vec* scratch = <vec*>malloc(2 * weighted_length(like) * itemsize(like))
@@ -466,11 +490,11 @@ cdef bint run_weighted_block(const WeightedCall* call, Py_ssize_t block, const v
         return False
     while n <= MAX_WEIGHTED_TILE and row + lanes(like) <= end:
         fold_weighted_rows(call, row, n, states, scratch)
-        for i in range(lanes(like)):
-            write_log_sum(call, row + i, states[i], like)
+        write_log_sums(call, row, lanes(like), states, like)
         row += lanes(like)
     while row < end:
-        write_log_sum(call, row, fold_weighted(call, row, n, scratch), like)
+        states[0] = fold_weighted(call, row, n, scratch)
+        write_log_sums(call, row, 1, states, like)
         row += 1
     free(scratch)
     return True

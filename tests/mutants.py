@@ -321,9 +321,17 @@ MUTANTS = (
     Mutant(
         "masked-from-the-first-chunk",
         "src_cython/weighted.pxi",
-        "            hide(factors, mask, &call.mask_row, first, size, 0.0)\n",
-        "            hide(factors, mask, &call.mask_row, 0, size, 0.0)\n",
+        "        hide(factors, call.mask + offset, &call.mask_row, first, n, 0.0)\n",
+        "        hide(factors, call.mask + offset, &call.mask_row, 0, n, 0.0)\n",
         "Beside factors, every chunk of a row is masked as its first.",
+        ("test_weighted.py",),
+    ),
+    Mutant(
+        "lanes-of-short-rows-in-disorder",
+        "src_cython/weighted.pxi",
+        "            accumulate(&highs[l], &lows[l], highs[l + distance], lows[l + distance])\n",
+        "            accumulate(&highs[l], &lows[l], highs[n_lanes - 1 - l], lows[n_lanes - 1 - l])\n",
+        "Beside factors, the lanes of short rows are added in another order than those of a row alone, and some twice.",
         ("test_weighted.py",),
     ),
     Mutant(

@@ -19,6 +19,7 @@ SMALL_CASES = (
     r"speed\.OtherAxis.*\('log_softmax', 'float32 64x100x1000@1', 'fastsoftmax:cython'",
     r"speed\.LowPrecision.*\('softmax', 'float16 1024x1024', 'fastsoftmax:cython'",
     r"options\.Options.*\('softmax', '10', 'where and temperature', 'numpy'",
+    r"options\.Weighted.*\('100000x3', 'b and where', 'cython'",
     r"gradients\.Derivatives.*\('softmax', '64x1000', 'float32', 'numpy'",
     r"gradients\.CrossEntropy.*\('64x1000', 'gradient', 'numpy'",
     r"selection\.TopK.*\('64x1000', 5, 'numpy'",

@@ -334,6 +334,24 @@ def test_layouts_give_the_same_bits(backend, dtype, rng, layout, axis):
         np.testing.assert_allclose(result, expected, rtol=1e-4 if dtype is np.float32 else 1e-12, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 10, 16, 17, 31, 40, 127, 128, 129])
+def test_rows_have_the_bits_that_they_have_alone(backend, dtype, rng, n):
+    a, b = (rng.normal(size=(53, n)) * 10).astype(dtype), rng.normal(size=(53, n)).astype(dtype)
+    a[rng.random(a.shape) < 0.1], b[rng.random(a.shape) < 0.1] = -np.inf, 0
+    a[5, n // 2], b[7, n // 2], a[11, -1], a[12], b[13] = np.inf, np.inf, np.nan, -np.inf, 0
+    a[20:30], b[20:25] = np.round(a[20:30]), np.round(b[20:25])  # ties, and sums that cancel
+    for options in ({}, {"where": rng.random(a.shape) < 0.8}, {"temperature": 0.7}):
+        alone = []
+        for row in range(len(a)):
+            of_row = {key: value[row] if key == "where" else value for key, value in options.items()}
+            alone.append(fastsoftmax.logsumexp(a[row], b=b[row], return_sign=True, **of_row))
+        result = fastsoftmax.logsumexp(a, 1, b, return_sign=True, **options)
+        np.testing.assert_array_equal(np.transpose(result), alone)
+        turned = {key: value.T if key == "where" else value for key, value in options.items()}
+        result = fastsoftmax.logsumexp(a.T.copy(), 0, b.T, return_sign=True, **turned)
+        np.testing.assert_array_equal(np.transpose(result), alone)
+
+
 def test_no_temporaries_of_the_size_of_the_input(backend, dtype):
     if not backend.has_kernels:
         pytest.skip("the numpy backend makes temporaries of the size of its input")
