@@ -122,11 +122,11 @@ def weighted_launches(format: Format, layout: Layout, plan: LaunchPlan, has_sign
 
 
 def _dimensions(dimensions: tuple[Dimension, ...], itemsize: int) -> tuple[int, ...]:
-    """Return sizes and strides in elements, as kernels take them."""
-    strides = [stride for dimension in dimensions for stride in dimension[1:]]
-    if any(stride % itemsize for stride in strides):
+    """Return sizes and strides in elements, as kernels take them: they know no mask."""
+    numbers = [(size, x_stride, y_stride, b_stride) for size, x_stride, y_stride, b_stride, _ in dimensions]
+    if any(stride % itemsize for _, *strides in numbers for stride in strides):
         raise ValueError(f"strides must be multiples of the item size, {itemsize} bytes")
-    flat = [number for size, *strides in dimensions for number in (size, *(stride // itemsize for stride in strides))]
+    flat = [number for size, *strides in numbers for number in (size, *(stride // itemsize for stride in strides))]
     return tuple(flat) or (1, 0, 0, 0)
 
 
