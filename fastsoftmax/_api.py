@@ -6,6 +6,7 @@ No function here loops over data. What each returns for every kind of input is s
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from numbers import Real
 from typing import Any, Literal, overload
 
@@ -300,13 +301,13 @@ def logsumexp(
         asked = _common_dtype("a", a, terms, "b", b, factors)
     working, result_dtype = _dtypes(terms.dtype if asked is None else asked, "logsumexp")
     working = _wide_enough(working, temperature)
-    size = terms.size if factors is None else _broadcast(terms, factors)[0].size
-    module = select(working, size, backend)
+    shape = terms.shape if factors is None else _broadcast_shape(terms, factors)
+    module = select(working, prod(shape), backend)
     reading, writing = _read_and_written_as(module, terms.dtype, working, result_dtype)
-    if factors is not None:
+    if factors is not None:  # converted, where no kernel reads them, before they are repeated
         factors = readable(factors, _read_and_written_as(module, factors.dtype, working, result_dtype)[0])
-        terms, factors = _broadcast(readable(terms, reading), factors)
-        mask = None if mask is None else _broadcast_mask(mask, terms.shape, "a")
+        terms, factors = np.broadcast_to(readable(terms, reading), shape), np.broadcast_to(factors, shape)
+        mask = None if mask is None else np.broadcast_to(mask, shape)
     axes = normalize_axes(axis, terms.ndim)
     shape = _reduced_shape(terms.shape, axes, keepdims)
     log_dtype = np.empty(0, result_dtype).real.dtype if return_sign else result_dtype
@@ -488,12 +489,11 @@ def _common_dtype(a_name: str, a: object, terms: Array, b_name: str, b: object, 
         raise TypeError(message) from None
 
 
-def _broadcast(terms: Array, factors: Array) -> tuple[Array, Array]:
+def _broadcast_shape(terms: Array, factors: Array) -> tuple[int, ...]:
     try:
-        terms_view, factors_view = np.broadcast_arrays(terms, factors)
+        return np.broadcast_shapes(terms.shape, factors.shape)
     except ValueError:
         raise ValueError(f"b of shape {factors.shape} does not broadcast with a of shape {terms.shape}") from None
-    return terms_view, factors_view
 
 
 def _log_sums_with_signs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array]:

@@ -49,32 +49,49 @@ cdef inline void split_factor(vec b, vec* m, vec* k) noexcept nogil:
     k[0] = binary_exponent(normal) - where_at_most(least, size, splat(0.0, &b), up)
 
 
+cdef inline double top_exponent(const vec* like) noexcept nogil:
+    """The power of two that the term of the top becomes about: the smallest is then as far below it as the smallest
+    subnormal result is below 1."""
+    return by_type(64.0, 100.0, like)
+
+
+cdef inline void survey(vec* a, const vec* b, vec* highest, vec* probe) noexcept nogil:
+    """Make -inf of `a` where b is 0; note the highest finite `a`, and NaN where a term is infinite or NaN."""
+    cdef vec zero = splat(0.0, a), factor = load(b)
+    cdef vec value = where_at_most(absolute(factor), zero, splat(-INFINITY, a), load(<const vec*>a))
+    store(a, value)
+    value = maximum(splat(by_type(-FLT_MAX, -DBL_MAX, a), a), value)  # which leaves +inf and NaN
+    highest[0] = maximum(value, highest[0])
+    probe[0] = probe[0] + ((value - value) + (factor - factor))
+
+
+cdef inline vec term_size(vec a, vec b, vec highest) noexcept nogil:
+    """The logarithm of a term over exp(highest), of its factor the exponent alone: beside a large `a` even that would not
+    be seen in a sum."""
+    cdef vec m, k
+    split_factor(b, &m, &k)
+    return (a - highest) + k * splat(LN2, &a)
+
+
 cdef inline Py_ssize_t find_top(vec* a, const vec* b, Py_ssize_t n_registers, bint* is_regular) noexcept nogil:
     """The index of one of the largest terms, -1 if all are 0; whether none is infinite or NaN.
 
     Where b is 0, `a` becomes -inf.
     """
-    cdef vec zero = splat(0.0, a), least = splat(by_type(-FLT_MAX, -DBL_MAX, a), a)
-    cdef vec highest = least, probe = zero, where = zero, largest = splat(-INFINITY, a), value, factor, m, k, size
+    cdef vec highest = splat(by_type(-FLT_MAX, -DBL_MAX, a), a), probe = splat(0.0, a), where = probe
+    cdef vec largest = splat(-INFINITY, a), size
     cdef double largest_size
     cdef Py_ssize_t i
     cdef int l, distance = lanes(a) // 2
     for i in range(n_registers):
-        factor = load(b + i)
-        value = where_at_most(absolute(factor), zero, splat(-INFINITY, a), load(<const vec*>a + i))
-        store(a + i, value)
-        value = maximum(least, value)  # which leaves +inf and NaN
-        highest = maximum(value, highest)
-        probe = probe + ((value - value) + (factor - factor))  # NaN for those and for factors that are
+        survey(a + i, b + i, &highest, &probe)
     while distance:
         probe = probe + swap(probe, distance)
         distance //= 2
     is_regular[0] = lane(probe, 0) == 0.0
     highest = largest_lane(highest)
     for i in range(n_registers):
-        split_factor(load(b + i), &m, &k)
-        # Beside a large `a` the logarithm of the factor would not be seen.
-        size = (load(<const vec*>a + i) - highest) + k * splat(LN2, a)
+        size = term_size(load(<const vec*>a + i), load(b + i), highest)
         where = where_at_most(size, largest, where, splat(i, a))
         largest = maximum(size, largest)
     largest_size = lane(largest_lane(largest), 0)
@@ -148,9 +165,7 @@ cdef WeightedState fold_weighted_chunk(vec* a, const vec* b, Py_ssize_t n, doubl
     put(a, top, -INFINITY)
     state.offset = row_offset if fabs(state.a - row_offset) <= 16.0 else state.a
     split_factor(splat(state.b, a), &m, &k)
-    # The term of the top becomes about 2**64 (float32; 2**100 in float64): the smallest is then as far below it as the
-    # smallest subnormal result is below 1.
-    state.exponent = rint((state.a - state.offset) * LOG2_E) + lane(k, 0) - by_type(64.0, 100.0, a)
+    state.exponent = rint((state.a - state.offset) * LOG2_E) + lane(k, 0) - top_exponent(a)
     offsets, exponents = splat(state.offset, a), splat(state.exponent, a)
     while i + GROUP <= n_registers:
         fold_products(<const vec*>a + i, b + i, GROUP, offsets, exponents, &high, &low, 0)
@@ -171,31 +186,24 @@ cdef void fold_weighted_tile(vec* a, const vec* b, Py_ssize_t n, WeightedState* 
     There is a sum for each of the lanes that a row alone would have, so that the bits are the same.
     """
     cdef vec[MAX_LANES] highs, lows
-    cdef vec zero = splat(0.0, a), least = splat(by_type(-FLT_MAX, -DBL_MAX, a), a), none = splat(-1.0, a)
-    cdef vec highest = least, probe = zero, top = none, largest = splat(-INFINITY, a), value, factor, size, m, k
-    cdef vec top_a = zero, top_b = zero, exponents
+    cdef vec zero = splat(0.0, a), none = splat(-1.0, a), highest = splat(by_type(-FLT_MAX, -DBL_MAX, a), a), probe = zero
+    cdef vec top = none, top_a = zero, top_b = zero, largest = splat(-INFINITY, a), value, factor, size, exponents, m, k
     cdef int width = lanes(a), n_lanes = lanes_with_elements(n, a), distance = lanes(a) // 2, l = 0, j, count
     cdef Py_ssize_t i
     for i in range(n):
-        factor = load(b + i)
-        value = where_at_most(absolute(factor), zero, splat(-INFINITY, a), load(<const vec*>a + i))
-        store(a + i, value)
-        value = maximum(least, value)  # which leaves +inf and NaN
-        highest = maximum(value, highest)
-        probe = probe + ((value - value) + (factor - factor))  # NaN for those and for factors that are
+        survey(a + i, b + i, &highest, &probe)
     for l in range(n_lanes):  # in the order in which `find_top` compares
         i = l
         while i < n:
             value, factor = load(<const vec*>a + i), load(b + i)
-            split_factor(factor, &m, &k)
-            size = (value - highest) + k * splat(LN2, a)
+            size = term_size(value, factor, highest)
             top = where_at_most(size, largest, top, splat(i, a))
             top_a, top_b = where_at_most(size, largest, top_a, value), where_at_most(size, largest, top_b, factor)
             largest = maximum(size, largest)
             i += width
     top = where_at_most(absolute(probe), zero, top, none)
     split_factor(top_b, &m, &k)
-    exponents = k - splat(by_type(64.0, 100.0, a), a)
+    exponents = k - splat(top_exponent(a), a)
     for i in range(n):
         store(a + i, where_at_most(absolute(top - splat(i, a)), zero, splat(-INFINITY, a), load(<const vec*>a + i)))
     for l in range(n_lanes):
@@ -291,7 +299,10 @@ cdef inline double two_sum_of(double a, double b, double* low) noexcept nogil:
 
 
 cdef void weighted_log_sums(const WeightedState* states, int count, double* results, double* signs) noexcept nogil:
-    """The logarithms of the absolute values of sums, and their signs."""
+    """The logarithms of the absolute values of sums, and their signs.
+
+    A result is 0 until the registers have it: those that are not theirs to find are infinite or NaN.
+    """
     cdef f64v[MAX_LANES] tops, factors, exponents, ratios, ratios_low, others
     cdef f64v one = splat(1.0, tops), zero = splat(0.0, tops), high, error, log_high, log_low, rest
     cdef double term, term_low, total, low, ratio

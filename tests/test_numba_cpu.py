@@ -186,43 +186,6 @@ def test_each_kernel_is_compiled_once_for_a_dtype():
     assert len(tiles.run_strips.signatures) == 2
 
 
-# Registers
-
-
-def run_on(x, kernel, *numbers):
-    """Run a kernel on pointers to an array and to another of its size; return that and what the kernel returns."""
-
-    @numba.njit
-    def entry(like, x_address, y_address, numbers):
-        return kernel(registers.pointer_to(x_address, like), registers.pointer_to(y_address, like), *numbers)
-
-    y = np.full(x.size, -1, x.dtype)
-    result = entry(x[:0], x.ctypes.data, y.ctypes.data, numbers)
-    return y, result
-
-
-@pytest.fixture(params=[registers.register_of, registers.group_of], ids=["register", "group"])
-def of(request):
-    return request.param
-
-
-def test_arithmetic_is_that_of_every_lane(dtype, of, rng):
-    @numba.njit
-    def kernel(x, y):
-        a = registers.load(x, 0, of(x, 0.0))
-        lanes = registers.lanes_in(a)
-        b = registers.load(x, lanes, a)
-        registers.store(y, 0, (a + b) * 3.0 - 1 / b)
-        registers.store(y, lanes, registers.where((a < b) & (b > 0.5), registers.floor(a * 8.0), 0.25))
-        return lanes
-
-    x = rng.normal(size=400).astype(dtype)
-    y, n = run_on(x, kernel)
-    a, b = x[:n], x[n : 2 * n]
-    np.testing.assert_array_equal(y[:n], (a + b) * dtype(3) - 1 / b)
-    np.testing.assert_array_equal(y[n : 2 * n], np.where((a < b) & (b > 0.5), np.floor(a * 8), dtype(0.25)))
-
-
 TWO_OF_ONE_NAME = """
 from fastsoftmax.backends.numba_cpu.jit import inline, jit, jit_entry
 
@@ -286,6 +249,43 @@ def test_no_two_kernels_have_one_name():
     }
     assert len(kernels) > 100
     assert len({(kernel.__module__, kernel.__qualname__) for kernel in kernels}) == len(kernels)
+
+
+# Registers
+
+
+def run_on(x, kernel, *numbers):
+    """Run a kernel on pointers to an array and to another of its size; return that and what the kernel returns."""
+
+    @numba.njit
+    def entry(like, x_address, y_address, numbers):
+        return kernel(registers.pointer_to(x_address, like), registers.pointer_to(y_address, like), *numbers)
+
+    y = np.full(x.size, -1, x.dtype)
+    result = entry(x[:0], x.ctypes.data, y.ctypes.data, numbers)
+    return y, result
+
+
+@pytest.fixture(params=[registers.register_of, registers.group_of], ids=["register", "group"])
+def of(request):
+    return request.param
+
+
+def test_arithmetic_is_that_of_every_lane(dtype, of, rng):
+    @numba.njit
+    def kernel(x, y):
+        a = registers.load(x, 0, of(x, 0.0))
+        lanes = registers.lanes_in(a)
+        b = registers.load(x, lanes, a)
+        registers.store(y, 0, (a + b) * 3.0 - 1 / b)
+        registers.store(y, lanes, registers.where((a < b) & (b > 0.5), registers.floor(a * 8.0), 0.25))
+        return lanes
+
+    x = rng.normal(size=400).astype(dtype)
+    y, n = run_on(x, kernel)
+    a, b = x[:n], x[n : 2 * n]
+    np.testing.assert_array_equal(y[:n], (a + b) * dtype(3) - 1 / b)
+    np.testing.assert_array_equal(y[n : 2 * n], np.where((a < b) & (b > 0.5), np.floor(a * 8), dtype(0.25)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 10**12])

@@ -396,17 +396,15 @@ def test_the_bits_of_arrays_that_were_converted_first(backend, rng, a_dtype, b_d
 @pytest.mark.parametrize("layout", sorted(views(np.random.default_rng(0), np.float32)))
 def test_layouts_of_16_bits(backend, rng, layout):
     a, b = views(rng, np.float32)[layout]
-    half_a, half_b = (np.asarray(part).astype(np.float16) for part in (a, b))
-    if layout == "negative strides":
-        half_a, half_b = half_a[::-1, ::-1], half_b[..., ::-2]
-        half_a = half_a[..., : half_b.shape[-1]]
+    half_a, half_b = (np.asarray(part).astype(np.float16) for part in (a, b))  # which keeps the order in memory
+    if layout == "negative strides":  # but not these
+        half_a, half_b = half_a[::-1, ::-1, :300], half_b[..., ::-2]
     for axis in (0, 1, 2, (0, 2)):
         result = fastsoftmax.logsumexp(half_a, axis, half_b, return_sign=True)
         order = {"axis": axis, "return_sign": True}
         wide = fastsoftmax.logsumexp(half_a.astype(np.float32), b=half_b.astype(np.float32), **order)
         assert result[0].dtype == result[1].dtype == np.float16
-        tolerance = {"rtol": 2e-3, "atol": 2e-3}  # the elements of a row over two axes are summed in memory's order
-        np.testing.assert_allclose(result[0].astype(np.float32), wide[0], **tolerance)
+        np.testing.assert_array_equal(result[0], wide[0].astype(np.float16))
         np.testing.assert_array_equal(result[1], wide[1])
 
 

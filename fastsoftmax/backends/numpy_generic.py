@@ -56,10 +56,8 @@ def run_weighted(
 ) -> None:
     dimensions = layout.kept + layout.reduced
     with np.errstate(all="ignore"):
-        terms, factors = (
-            _rows(a, layout, [d.x_stride for d in dimensions]),
-            _rows(b, layout, [d.b_stride for d in dimensions]),
-        )
+        terms = _rows(a, layout, [d.x_stride for d in dimensions])
+        factors = _rows(b, layout, [d.b_stride for d in dimensions])
         if adjustment.mask is not None:
             mask = _rows(adjustment.mask, layout, [d.mask_stride for d in dimensions])
             factors = np.where(mask, factors, factors.dtype.type(0))

@@ -123,7 +123,7 @@ def weighted_launches(format: Format, layout: Layout, plan: LaunchPlan, has_sign
 
 def _dimensions(dimensions: tuple[Dimension, ...], itemsize: int) -> tuple[int, ...]:
     """Return sizes and strides in elements, as kernels take them: they know no mask."""
-    numbers = [(size, x_stride, y_stride, b_stride) for size, x_stride, y_stride, b_stride, _ in dimensions]
+    numbers = [(d.size, d.x_stride, d.y_stride, d.b_stride) for d in dimensions]
     if any(stride % itemsize for _, *strides in numbers for stride in strides):
         raise ValueError(f"strides must be multiples of the item size, {itemsize} bytes")
     flat = [number for size, *strides in numbers for number in (size, *(stride // itemsize for stride in strides))]
