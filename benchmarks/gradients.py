@@ -1,4 +1,4 @@
-"""How long do vector-Jacobian products take, and a loss with its gradient?"""
+"""How long do vector-Jacobian products take, Jacobians, and a loss with its gradient?"""
 
 import numpy as np
 
@@ -28,6 +28,28 @@ class Derivatives:
 
     def time_call(self, function, shape, dtype, backend):
         self.vjp(*self.operands, self.axis, out=self.out, backend=self.backend)
+
+
+class Jacobian:
+    """The whole matrix of each row, by one call and by hand; no backend has kernels for it."""
+
+    params = (["10", "1000x10", "64x100", "1000"], ["float32", "float64"], ["fastsoftmax", "by hand"])
+    param_names = ("shape", "dtype", "contender")
+    repeat = (2, 10, 0.5)
+    warmup_time = 0.05
+
+    def setup(self, shape, dtype, contender):
+        case = parse_case(shape, dtype)
+        p = fastsoftmax.softmax(case.data(), case.axis)
+        every = np.eye(p.shape[-1], dtype=p.dtype)
+        self.call = {
+            "fastsoftmax": lambda: fastsoftmax.softmax_jacobian(p, case.axis),
+            "by hand": lambda: p[..., :, np.newaxis] * (every - p[..., np.newaxis, :]),
+        }[contender]
+        self.call()
+
+    def time_call(self, shape, dtype, contender):
+        self.call()
 
 
 class CrossEntropy:

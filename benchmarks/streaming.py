@@ -6,7 +6,7 @@ from fastsoftmax._bench import parse_case
 
 class Streaming:
     params = (
-        ["first", "update", "normalize", "logsumexp"],
+        ["first", "update", "merge", "normalize", "logsumexp"],
         ["1024x1024", "256x50257", "100000x10", "1000000x3", "4096x4096@0", "64x100x1000@1"],
         ["cython", "numba", "numpy"],
     )
@@ -21,6 +21,7 @@ class Streaming:
         self.call = {
             "first": lambda: fastsoftmax.OnlineSoftmax(axis, backend=backend).update(x),
             "update": lambda: online.update(x),
+            "merge": lambda: fastsoftmax.merge_states(online, online),
             "normalize": lambda: online.normalize(x, out=out),
             "logsumexp": lambda: fastsoftmax.logsumexp(x, axis, backend=backend),  # what the others may cost
         }[method]
