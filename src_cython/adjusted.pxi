@@ -167,7 +167,8 @@ cdef inline const char* mask_of_strip(const Job* job, Py_ssize_t outer, Py_ssize
 
 
 cdef void copy_adjusted_strip(
-    const StripSource* source, Py_ssize_t first, const Columns* columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size
+    const StripSource* source, Py_ssize_t first, const Columns* columns, Py_ssize_t n, vec* tiles, Py_ssize_t tile_size,
+    vec* smallest, vec* largest
 ) noexcept nogil:
     """`copy_strip` for elements that are masked, or of another type."""
     cdef const vec* like = tiles
@@ -204,6 +205,8 @@ cdef void copy_adjusted_strip(
                         put(&value, i, -INFINITY)
             tiles[t * tile_size + element] = value
         mask += mask_stride
+    for t in range(columns.n_tiles):
+        largest[t] = tile_extremes(<const vec*>tiles + t * tile_size, n, smallest + t)
 
 
 cdef void hide_in_strip(

@@ -184,25 +184,25 @@ cdef inline void stream_adjacent_rows(
     cdef int row, j
     spread_finishers(finishers, 0, own)
     v[0] = load_first(source, <int>element, fill)
-    finish(v, 1, kind, <const vec*>NULL, own, True)
+    finish(v, 1, kind, <const vec*>NULL, own, 0, True)
     store_first(y, v[0], <int>element)
     for row in range(n_rows):
         end = (row + 1) * n
         while element + GROUP * width <= end:
             for j in range(GROUP):
                 v[j] = load(at(source, element + j * width))
-            finish(v, GROUP, kind, <const vec*>NULL, own, True)
+            finish(v, GROUP, kind, <const vec*>NULL, own, 0, True)
             for j in range(GROUP):
                 stream(<vec*>at(y, element + j * width), v[j])
             element += GROUP * width
         while element + width <= end:
             v[0] = load(at(source, element))
-            finish(v, 1, kind, <const vec*>NULL, own, True)
+            finish(v, 1, kind, <const vec*>NULL, own, 0, True)
             stream(<vec*>at(y, element), v[0])
             element += width
         if row + 1 == n_rows:
             v[0] = load_first(at(source, element), <int>(end - element), fill)
-            finish(v, 1, kind, <const vec*>NULL, own, True)
+            finish(v, 1, kind, <const vec*>NULL, own, 0, True)
             store_first(<vec*>at(y, element), v[0], <int>(end - element))
             return
         spread_finishers(finishers, row + 1, following)
@@ -210,7 +210,7 @@ cdef inline void stream_adjacent_rows(
             for j in range(FINISHERS):
                 shared[j] = load_first(own + j, <int>(end - element), following[j])
             v[0] = load(at(source, element))
-            finish(v, 1, kind, <const vec*>NULL, shared, True)
+            finish(v, 1, kind, <const vec*>NULL, shared, 0, True)
             stream(<vec*>at(y, element), v[0])
             element += width
         for j in range(FINISHERS):

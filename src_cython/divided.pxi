@@ -413,7 +413,7 @@ cdef inline void fold_divided_registers(
 
 cdef void reduce_divided_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Function function,
-    const Temperature* temperature, vec* finishers, vec* y
+    const Temperature* temperature, const vec* all_largest, vec* finishers, vec* y
 ) noexcept nogil:
     """`reduce_tiles` for rows divided by a temperature; logits become log-probabilities here."""
     cdef vec[DIVISOR] divisor
@@ -426,7 +426,7 @@ cdef void reduce_divided_tiles(
     make_divided_reference(reference)
     for t in range(columns.n_tiles):
         tile = tiles + t * tile_size
-        largest = tile_extremes(tile, n, &high)
+        largest = all_largest[t]
         quotient = quotient_of(largest)
         make_divisor(temperature, largest, divisor)
         if apart:
@@ -464,7 +464,7 @@ cdef void run_long_divided_strip(
     cdef State[MAX_TILES * MAX_LANES] totals
     cdef vec[FINISHERS * MAX_TILES] finishers
     cdef vec[DIVISOR] divisor
-    cdef vec[MAX_TILES] largest, is_left
+    cdef vec[MAX_TILES] largest, is_left, tops, bottoms
     cdef vec zero = splat(0.0, like), places, high, low
     cdef bint apart = job.function != SOFTMAX
     cdef int t, row, i
@@ -477,14 +477,14 @@ cdef void run_long_divided_strip(
             finishers[t * FINISHERS + i] = zero
     while first < n:
         size = min(length, n - first)
-        copy_strip(source, first, columns, size, tiles, tile_size)
+        copy_strip(source, first, columns, size, tiles, tile_size, bottoms, tops)
         for t in range(columns.n_tiles):
-            largest[t] = maximum(tile_extremes(<const vec*>tiles + t * tile_size, size, &low), largest[t])
+            largest[t] = maximum(tops[t], largest[t])
         first += size
     first = 0
     while first < n:
         size = min(length, n - first)
-        copy_strip(source, first, columns, size, tiles, tile_size)
+        copy_strip(source, first, columns, size, tiles, tile_size, bottoms, tops)
         for t in range(columns.n_tiles):
             tile = tiles + t * tile_size
             places = splat(size, like)
@@ -508,7 +508,7 @@ cdef void run_long_divided_strip(
     first = 0
     while first < n and job.function != LOGSUMEXP:
         size = min(length, n - first)
-        copy_strip(source, first, columns, size, tiles, tile_size)
+        copy_strip(source, first, columns, size, tiles, tile_size, bottoms, tops)
         for t in range(columns.n_tiles):
             tile = tiles + t * tile_size
             make_divisor(&job.adjusted.temperature, largest[t], divisor)

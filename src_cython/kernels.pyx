@@ -102,9 +102,11 @@ include "split.pxi"
 chunk_bytes, narrow_strip_bytes = CHUNK_BYTES, MIN_STRIP_BYTES
 
 
-def columns_of_strip(Py_ssize_t n, Py_ssize_t size):
-    """How many columns of n elements, of so many bytes in memory, a strip has."""
-    return strip_columns(n, size, <const f64v*>NULL) if size == sizeof(double) else strip_columns(n, size, <const f32v*>NULL)
+def columns_of_strip(Py_ssize_t n, Py_ssize_t size, Py_ssize_t n_columns):
+    """How many columns a strip has, of so many of n elements, which are of so many bytes in memory."""
+    if size == sizeof(double):
+        return strip_columns(n, size, n_columns, <const f64v*>NULL)
+    return strip_columns(n, size, n_columns, <const f32v*>NULL)
 
 
 def runs_here(str tier):
@@ -184,15 +186,15 @@ cdef int run_sink(
 
 cdef inline void sink_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Job* job,
-    Py_ssize_t first_row, vec* room
+    Py_ssize_t first_row, const vec* smallest, vec* largest, vec* room
 ) noexcept nogil:
     """Hand over rows, of which this is the number of the first; they may be overwritten."""
     if job.function == FOLD_STATES:
-        fold_tiles_into_states(tiles, tile_size, columns, n, upcoming, <Streaming*>job.sink, first_row)
+        fold_tiles_into_states(tiles, tile_size, columns, n, upcoming, <Streaming*>job.sink, first_row, smallest, largest)
     elif job.function == SOFTMAX_TOPK:
-        select_from_tiles(tiles, tile_size, columns, n, upcoming, <Selection*>job.sink, first_row, room)
+        select_from_tiles(tiles, tile_size, columns, n, upcoming, <Selection*>job.sink, first_row, smallest, largest, room)
     else:
-        sample_from_tiles(tiles, tile_size, columns, n, upcoming, <Sampling*>job.sink, first_row, room)
+        sample_from_tiles(tiles, tile_size, columns, n, upcoming, <Sampling*>job.sink, first_row, smallest, largest, room)
 
 
 cdef inline Py_ssize_t room_for_sink(const Job* job, int n_tiles, Py_ssize_t n, const vec* like) noexcept nogil:
@@ -266,7 +268,8 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     cdef int left_out = 0
     if job.traversal == STRIPS:
         job.kept.count -= 1
-        width, left_out = strip_columns(n, stored_size(source_storage(job), x), x), columns_left_out(y, job, x)
+        left_out = columns_left_out(y, job, x)
+        width = strip_columns(n, stored_size(source_storage(job), x), left_out + job.kept.size[job.kept.count], x)
         n_strips = (left_out + job.kept.size[job.kept.count] + width - 1) // width
         n_units = total_size(&job.kept) * n_strips
         scratch_bytes = width * itemsize(x) * tile_registers(n, x)
@@ -293,7 +296,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
     while unit < end:
         n_together = min(n_together, end - unit)
         if job.traversal == STRIPS:
-            run_strip(x, y, job, unit // n_strips, unit % n_strips, left_out, scratch)
+            run_strip(x, y, job, width, n_strips, unit, left_out, scratch)
         elif job.traversal == TILES and job.adjusted != NULL:
             run_adjusted_turned(x, y, job, unit, <int>n_together, n, scratch)
         elif job.traversal == TILES:

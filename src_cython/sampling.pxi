@@ -137,13 +137,13 @@ cdef void sample_band(Sampling* call, Py_ssize_t index, Workspace* work, const v
 
 cdef void sample_from_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, Sampling* call,
-    Py_ssize_t first_row, vec* room
+    Py_ssize_t first_row, vec* smallest, vec* largest, vec* room
 ) noexcept nogil:
     """`sample_band` for rows of up to a chunk: by their terms, or by what is selected if nothing else may be drawn.
 
     `room` is that of `room_for_sink`.
     """
-    cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec[MAX_TILES] row_offsets, high, low
     cdef vec[REFERENCE * MAX_TILES] references
     cdef vec exponent, divisor = splat(call.rows.divisor, tiles)
     cdef Py_ssize_t k = n_candidates(call), spacing = n * itemsize(<const vec*>tiles), element
@@ -160,12 +160,15 @@ cdef void sample_from_tiles(
     band.count = 1
     for t in range(columns.n_tiles):
         row_offsets[t] = splat(0.0, tiles)
+        if call.rows.divisor != 1.0:  # rounded quotients are in the order of what is divided
+            smallest[t], largest[t] = smallest[t] / divisor, largest[t] / divisor
         for element in range(n if call.rows.divisor != 1.0 else 0):
             tiles[t * tile_size + element] = tiles[t * tile_size + element] / divisor
         if k:
             select_from_tile(tiles + t * tile_size, n, k, room + 2 * k * t, room + 2 * k * t + k)
     fold_tiles(
-        tiles, tile_size, columns, n, upcoming, True, False, False, False, row_offsets, references, largest, high, low)
+        tiles, tile_size, columns, n, upcoming, True, False, False, False, row_offsets, smallest, references,
+        largest, high, low)
     for t in range(columns.n_tiles):
         exponent = exponent_of(references + t * REFERENCE)
         if not k:

@@ -113,10 +113,10 @@ cdef void put_nan_first(
 
 cdef void select_from_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Selection* call,
-    Py_ssize_t first_row, vec* room
+    Py_ssize_t first_row, const vec* smallest, vec* largest, vec* room
 ) noexcept nogil:
     """Select from rows of up to a chunk; `room` has twice k registers for each tile."""
-    cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec[MAX_TILES] row_offsets, high, low
     cdef vec[REFERENCE * MAX_TILES] references
     cdef vec[FINISHERS] finishers
     cdef Py_ssize_t k = call.k, j
@@ -129,7 +129,8 @@ cdef void select_from_tiles(
         row_offsets[t] = splat(0.0, tiles)
         select_from_tile(tiles + t * tile_size, n, k, room + 2 * k * t, room + 2 * k * t + k)
     fold_tiles(
-        tiles, tile_size, columns, n, upcoming, False, False, False, False, row_offsets, references, largest, high, low)
+        tiles, tile_size, columns, n, upcoming, False, False, False, False, row_offsets, smallest, references,
+        largest, high, low)
     for t in range(columns.n_tiles):
         tops, places = room + 2 * k * t, room + 2 * k * t + k
         values = <vec*>at(<const vec*>call.values, (first_row + columns.first[t]) * k)
@@ -137,7 +138,7 @@ cdef void select_from_tiles(
         normalize_rows(largest[t], high[t], low[t], references + t * REFERENCE, finishers)
         j = 0
         while j < k:
-            finish(tops + j, <int>min(<Py_ssize_t>GROUP, k - j), EXP_SCALE, references + t * REFERENCE, finishers, True)
+            finish(tops + j, <int>min(<Py_ssize_t>GROUP, k - j), EXP_SCALE, references + t * REFERENCE, finishers, 0, True)
             j += GROUP
         turn(
             tops, REGISTER_BYTES, k, columns.count[t], values, k * itemsize(<const vec*>tops), AS_COMPUTED, AS_COMPUTED,

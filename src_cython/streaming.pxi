@@ -69,10 +69,10 @@ cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scrat
 
 cdef void fold_tiles_into_states(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Streaming* call,
-    Py_ssize_t first_row
+    Py_ssize_t first_row, const vec* smallest, vec* largest
 ) noexcept nogil:
     """Fold rows of up to a chunk, as `fold_band` does."""
-    cdef vec[MAX_TILES] row_offsets, largest, high, low
+    cdef vec[MAX_TILES] row_offsets, high, low
     cdef vec[REFERENCE * MAX_TILES] references
     cdef vec exponent
     cdef State[MAX_LANES] others
@@ -84,7 +84,8 @@ cdef void fold_tiles_into_states(
         for row in range(columns.count[t]):
             put(row_offsets + t, row, offset_for_more(states[row]))
     fold_tiles(
-        tiles, tile_size, columns, n, upcoming, False, True, False, False, row_offsets, references, largest, high, low)
+        tiles, tile_size, columns, n, upcoming, False, True, False, False, row_offsets, smallest, references,
+        largest, high, low)
     for t in range(columns.n_tiles):
         states = call.states + first_row + columns.first[t]
         exponent = exponent_of(references + t * REFERENCE)

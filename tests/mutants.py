@@ -116,8 +116,8 @@ MUTANTS = (
     Mutant(
         "short-rows-rounded",
         "src_cython/tiles.pxi",
-        "rests[j], heads[j] - highs[element * GROUP + j])\n",
-        "base - base, base - base)\n",
+        "high_of_lane[j], low_of_lane[j]\n    for element",
+        "high_of_lane[j], base - base\n    for element",
         "What the terms of short rows have beyond a digit of the largest is dropped.",
     ),
     Mutant(
@@ -145,8 +145,8 @@ MUTANTS = (
     Mutant(
         "subnormal-flushed",
         "src_cython/rows.pxi",
-        "            v[j] = product(v[j], finishers[FACTOR], finishers[FACTOR_LOW])\n",
-        """            v[j] = product(v[j], finishers[FACTOR], finishers[FACTOR_LOW])
+        "            v[j] = product(v[j], own[FACTOR], own[FACTOR_LOW])\n",
+        """            v[j] = product(v[j], own[FACTOR], own[FACTOR_LOW])
             v[j] = where_at_most(splat(by_type(FLT_MIN, DBL_MIN, v), v), v[j], v[j], v[j] * splat(0.0, v))
 """,
         "Probabilities below the smallest normal number are flushed to 0.",

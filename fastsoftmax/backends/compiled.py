@@ -276,7 +276,7 @@ def make_schedule(
 
 def _count_strips(layout: Layout) -> int:
     inner = layout.kept[-1].size
-    n_strips: int = -(-inner // _kernels.columns_of_strip(layout.n_cols, layout.itemsize))
+    n_strips: int = -(-inner // _kernels.columns_of_strip(layout.n_cols, layout.itemsize, inner))
     return layout.n_rows // inner * n_strips
 
 
