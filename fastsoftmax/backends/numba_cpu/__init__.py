@@ -176,10 +176,11 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     return Plan(function, "numba", None, schedule)
 
 
-def _count_strips(layout: Layout, itemsize: int) -> int:
+def _count_strips(layout: Layout, itemsize: int, streaming: bool = False) -> int:
     """Count the strips of elements that are computed in so many bytes."""
     inner = layout.kept[-1].size
-    return layout.n_rows // inner * -(-inner * itemsize // tiles.STRIP_BYTES)
+    n_strips: int = tiles.count_strips(inner, itemsize, streaming)
+    return layout.n_rows // inner * n_strips
 
 
 class _Call(NamedTuple):
@@ -205,7 +206,7 @@ def _prepare(plan: Plan, layout: Layout, itemsize: int, storages: tuple[int, int
         kernel, leading, room = tiles.run_turned, (like, function, storages), tiles.bytes_of_tile(n)
     elif schedule.traversal == "strips":
         kernel, leading = tiles.run_strips, (like, function, schedule.streaming, storages)
-        n_units, room = _count_strips(layout, itemsize), tiles.bytes_of_strip(n, itemsize)
+        n_units, room = _count_strips(layout, itemsize, schedule.streaming), tiles.bytes_of_strip(n, itemsize)
     else:
         kernel, leading = rows.run_rows, (like, function, _EXPONENTIALS[schedule.exponentials], schedule.streaming)
         n_reduced = len(layout.reduced) if schedule.traversal == "gather" else 0

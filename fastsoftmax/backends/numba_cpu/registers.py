@@ -406,10 +406,7 @@ def _alignment(array):
     return ir.Constant(ir.IntType(32), array.dtype.bitwidth // 8)
 
 
-@intrinsic
-def prefetch(typing_context, x, at, like):
-    """Fetch what would be loaded as wide as `like`."""
-
+def _prefetch(x, at, like, locality):
     def generate(context, builder, signature, operands):
         byte, number = ir.IntType(8), ir.IntType(32)
         place = _place(builder, *operands[:2], byte)
@@ -418,7 +415,19 @@ def prefetch(typing_context, x, at, like):
         function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
         for line in range(0, like.lanes * x.dtype.bitwidth // 8, 64):
             address = builder.gep(place, [ir.Constant(ir.IntType(64), line)])
-            builder.call(function, [address, *(ir.Constant(number, value) for value in (0, 3, 1))])
+            builder.call(function, [address, *(ir.Constant(number, value) for value in (0, locality, 1))])
         return context.get_dummy_value()
 
     return types.void(x, at, like), generate
+
+
+@intrinsic
+def prefetch(typing_context, x, at, like):
+    """Fetch what would be loaded as wide as `like`."""
+    return _prefetch(x, at, like, 3)
+
+
+@intrinsic
+def prefetch_far(typing_context, x, at, like):
+    """The same, to the second-level cache."""
+    return _prefetch(x, at, like, 2)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from numba.extending import register_jitable
+
 from fastsoftmax import _state
 
 from . import rows
@@ -28,6 +30,7 @@ from .registers import (
     parts,
     pointer_to,
     prefetch,
+    prefetch_far,
     register_of,
     stack_memory,
     store,
@@ -91,6 +94,9 @@ STRIP_BYTES = 512  # of each row of the array
 FIELDS = 7  # registers of an ending
 ENDINGS_BYTES, STATES_BYTES = FIELDS * STRIP_BYTES, 3 * 8 * STRIP_BYTES // 4
 PREFETCHED_TILES = 4
+PREFETCHED_LINES = 16  # how many rows of the array ahead a strip fetches what it writes
+# The next strip is fetched while one is computed, if it would stay in a second-level cache.
+STAYING_BYTES = 524288
 PREFETCHED_ROWS = 8  # how many rows of the array ahead the next are fetched: strides are too long for the processor to
 
 
@@ -99,9 +105,16 @@ def bytes_of_tile(n):
     return (2 * n + MAX_LANES) * REGISTER_BYTES
 
 
+@register_jitable
+def count_strips(inner, itemsize, streaming):
+    """The strips of so many adjacent rows; the last may be empty where the first may leave out some."""
+    most_left_out = REGISTER_BYTES // itemsize - 1 if streaming else 0
+    return -(-(inner + most_left_out) * itemsize // STRIP_BYTES)
+
+
 def bytes_of_strip(n, itemsize):
     """Scratch memory of `run_strips`."""
-    return ENDINGS_BYTES + 2 * STRIP_BYTES + STATES_BYTES + STRIP_BYTES * (min(n, rows.CHUNK_BYTES // itemsize) + 1)
+    return ENDINGS_BYTES + 3 * STRIP_BYTES + STATES_BYTES + STRIP_BYTES * (min(n, rows.CHUNK_BYTES // itemsize) + 1)
 
 
 @jit
@@ -120,6 +133,14 @@ def maxima_of_tile(tile, n):
     return top
 
 
+class Upcoming(NamedTuple):
+    """What is probably read next, fetched while terms are computed: a register for each element, a step apart."""
+
+    x: Any
+    at: int
+    step: int
+
+
 @inline
 def fold_elements(logits, high, low, reference):
     """Terms, and the sums with them, each register its own."""
@@ -130,7 +151,7 @@ def fold_elements(logits, high, low, reference):
 
 
 @jit
-def sum_tile(tile, n, reference, keep, work):
+def sum_tile(tile, n, reference, keep, upcoming, work):
     """The sums of the rows; with `keep`, terms take the place of logits."""
     like, wide, references = register_of(tile, 0.0), group_of(tile, 0.0), of_group(reference)
     base = sum_base(like)
@@ -147,6 +168,8 @@ def sum_tile(tile, n, reference, keep, work):
         store(work.lows, place, low)
         if keep:
             store(tile, done, term)
+        for element in range(done // width, (done + lanes_in(wide)) // width):
+            prefetch_far(upcoming.x, upcoming.at + element * upcoming.step, like)
         done += lanes_in(wide)
     while done < n * width:
         place = done % (width * width)
@@ -181,9 +204,8 @@ def sum_others_of_tile(tile, n, largest, reference, work):
 
 
 @jit
-def fold_tile(tile, count, n, keep, work):
-    """Fold `count` rows; with `keep`, terms take the place of logits."""
-    largest = maxima_of_tile(tile, n)
+def fold_tile(tile, largest, count, n, keep, upcoming, work):
+    """Fold `count` rows with these maxima; with `keep`, terms take the place of logits."""
     reference = reference_at(largest)
     width = lanes_in(largest)
     infinite = any_of(size_of(largest) > constants(tile).largest)
@@ -192,7 +214,7 @@ def fold_tile(tile, count, n, keep, work):
         for row in range(count):
             if has_nan(tile, row, width, n):
                 nans = with_lane(nans, row, math.nan)
-    high, low = sum_tile(tile, n, reference, keep, work)
+    high, low = sum_tile(tile, n, reference, keep, upcoming, work)
     if infinite:
         is_finite = size_of(largest) <= constants(tile).largest
         high, low = where(is_finite, high, nans), where(is_finite, low, 0.0)
@@ -200,9 +222,9 @@ def fold_tile(tile, count, n, keep, work):
 
 
 @jit
-def fold_others_of_tile(tile, count, n, work):
+def fold_others_of_tile(tile, largest, count, n, upcoming, work):
     """Fold rows without their maxima."""
-    folded = without_top(fold_tile(tile, count, n, False, work))
+    folded = without_top(fold_tile(tile, largest, count, n, False, upcoming, work))
     lacks = lacking(folded, count)
     if not any_of(lacks):
         return folded
@@ -210,12 +232,12 @@ def fold_others_of_tile(tile, count, n, work):
 
 
 @jit
-def end_of_tile(function, tile, count, n, log_sums, work):
+def end_of_tile(function, tile, largest, count, n, log_sums, upcoming, work):
     """Fold `count` rows, and give what ends their elements; for softmax, the tile then holds terms."""
     if function == SOFTMAX:
-        folded = fold_tile(tile, count, n, True, work)
+        folded = fold_tile(tile, largest, count, n, True, upcoming, work)
         return normalize(folded.largest, folded.high, folded.low, folded.reference)
-    folded = fold_others_of_tile(tile, count, n, work)
+    folded = fold_others_of_tile(tile, largest, count, n, upcoming, work)
     of_others, of_rows = put_log_sums(folded, work)
     end = differences(folded.largest, load(of_others, 0, register_of(tile, 0.0)), folded.reference)
     for row in range(count):
@@ -244,7 +266,7 @@ def run_turned(like, function, storages, x_address, y_address, tables, n_kept, n
             size = min(width, n - column)
             place = source_at + column
             turn(source, place, source_step, count, size, tile, column * width, width, width, width)
-        ending = end_of_tile(function, tile, count, n, work.tops, work)
+        ending = end_of_tile(function, tile, maxima_of_tile(tile, n), count, n, work.tops, Upcoming(tile, 0, 0), work)
         if function == LOGSUMEXP:
             write_block(work.tops, 0, like, storages[1], y_address, row * y_step, 0, 1, y_step, count)
             continue
@@ -277,25 +299,49 @@ class StripSource(NamedTuple):
     step: int
     like: Any
     row: Any  # room for an element of each
+    maxima: Any  # of the rows, as they are copied
 
 
 @jit
 def copy_strip(source, first, n_columns, n, tiles, tile_size):
-    """Copy n elements of each row, from `first` on, to tiles."""
+    """Copy n elements of each row, from `first` on, to tiles, and find the maxima of those that are not NaN."""
     x, at = pointer_to(source.address, source.like), source.at + first * source.step
-    like = register_of(x, 0.0)
-    width = lanes_in(like)
-    is_read = source.storage == storage_of(x)
+    nothing, wide = register_of(x, -math.inf), group_of(x, -math.inf)
+    width, column = lanes_in(nothing), 0
+    if source.storage == storage_of(x):
+        while column + lanes_in(wide) <= n_columns:
+            copy_tiles(
+                x, at + column, source.step, lanes_in(wide), n, tiles, column // width, tile_size, wide, source.maxima
+            )
+            column += lanes_in(wide)
+        while column < n_columns:
+            count = n_columns - column
+            copy_tiles(x, at + column, source.step, count, n, tiles, column // width, tile_size, nothing, source.maxima)
+            column += width
+        return
     for element in range(n):
-        row, row_at = x, at + element * source.step
-        if not is_read:
-            read_any(source.storage, source.address, row_at, 0, 1, 1, n_columns, source.like, source.row, 0)
-            row, row_at = source.row, 0
+        at_element = at + element * source.step
+        read_any(source.storage, source.address, at_element, 0, 1, 1, n_columns, source.like, source.row, 0)
         for t in range((n_columns + width - 1) // width):
-            if is_read:
-                prefetch(x, row_at + t * width + PREFETCHED_ROWS * source.step, like)
-            count = n_columns - t * width
-            store(tiles, t * tile_size + element * width, load_within(row, row_at + t * width, count, like))
+            logits = load_within(source.row, t * width, n_columns - t * width, nothing)
+            store(tiles, t * tile_size + element * width, logits)
+    for t in range((n_columns + width - 1) // width):
+        tile = pointer_to(address_of(tiles, t * tile_size), tiles)
+        store(source.maxima, t * width, maxima_of_tile(tile, n))
+
+
+@jit
+def copy_tiles(x, at, step, count, n, tiles, t, tile_size, nothing, maxima):
+    """`copy_strip` for up to as many columns as `nothing` has lanes, which make tiles from the t-th on."""
+    top, width = nothing, lanes_in(register_of(x, 0.0))
+    for element in range(n):
+        prefetch(x, at + (element + PREFETCHED_ROWS) * step, nothing)
+        logits = load_within(x, at + element * step, count, nothing)
+        top = maximum(logits, top)  # in this order a NaN is passed over
+        of_tiles = parts(logits)
+        for j in range(len(of_tiles)):
+            store(tiles, (t + j) * tile_size + element * width, of_tiles[j])
+    store(maxima, t * width, top)
 
 
 @inline
@@ -342,20 +388,36 @@ def put_ending(endings, column, end):
 def _strip_writer(operation):
     """A function that writes n elements of adjacent rows from tiles."""
 
+    @inline
+    def put(tiles, tile_at, end, y, at, streams):
+        v = operation(load(tiles, tile_at, register_of(y, 0.0)), end)
+        if streams:
+            stream(y, at, v)
+        else:
+            store(y, at, v)
+
     @jit
     def write(tiles, tile_size, n_columns, n, endings, y, at, step, streaming):
-        width = lanes_in(register_of(y, 0.0))
+        width, t, n_whole = lanes_in(register_of(y, 0.0)), 0, n_columns // lanes_in(register_of(y, 0.0))
         streams = streaming and to_boundary(y, at) == 0 and step % width == 0
-        for element in range(n):
-            row = at + element * step
-            for t in range((n_columns + width - 1) // width):
-                v = load(tiles, t * tile_size + element * width, register_of(y, 0.0))
-                v = operation(v, load_ending(endings, t))
-                count = n_columns - t * width
-                if streams and count >= width:
-                    stream(y, row + t * width, v)
-                else:
-                    store_within(y, row + t * width, count, v)
+        while t + 4 <= n_whole:  # whose endings stay in registers
+            a, b = load_ending(endings, t), load_ending(endings, t + 1)
+            c, d = load_ending(endings, t + 2), load_ending(endings, t + 3)
+            for element in range(n):
+                tile_at, row = t * tile_size + element * width, at + element * step + t * width
+                if not streams:
+                    prefetch(y, row + PREFETCHED_LINES * step, group_of(y, 0.0))
+                put(tiles, tile_at, a, y, row, streams)
+                put(tiles, tile_at + tile_size, b, y, row + width, streams)
+                put(tiles, tile_at + 2 * tile_size, c, y, row + 2 * width, streams)
+                put(tiles, tile_at + 3 * tile_size, d, y, row + 3 * width, streams)
+            t += 4
+        while t * width < n_columns:
+            end, count = load_ending(endings, t), n_columns - t * width
+            for element in range(n):
+                v = operation(load(tiles, t * tile_size + element * width, register_of(y, 0.0)), end)
+                store_within(y, at + element * step + t * width, count, v)
+            t += 1
 
     return write
 
@@ -395,11 +457,12 @@ def fold_long_strip(function, source, n_columns, n, tiles, tile_size, states, wo
         copy_strip(source, first, n_columns, size, tiles, tile_size)
         for t in range((n_columns + width - 1) // width):
             tile = pointer_to(address_of(tiles, t * tile_size), tiles)
+            largest = load(source.maxima, t * width, register_of(tiles, 0.0))
             count = min(width, n_columns - t * width)
             if function == SOFTMAX:
-                folded = without_top(fold_tile(tile, count, size, False, work))
+                folded = without_top(fold_tile(tile, largest, count, size, False, Upcoming(tile, 0, 0), work))
             else:
-                folded = fold_others_of_tile(tile, count, size, work)
+                folded = fold_others_of_tile(tile, largest, count, size, Upcoming(tile, 0, 0), work)
             for row in range(count):
                 state = state_in(folded, row)
                 i = 3 * (t * width + row)
@@ -434,19 +497,30 @@ def run_strips(
     columns = columns_of_strip(y)
     endings, log_sums = pointer_to(room, like), pointer_to(room + ENDINGS_BYTES, like)
     row = pointer_to(room + ENDINGS_BYTES + STRIP_BYTES, like)
-    states = pointer_to(room + ENDINGS_BYTES + 2 * STRIP_BYTES, 0.0)
-    tiles = pointer_to(room + ENDINGS_BYTES + 2 * STRIP_BYTES + STATES_BYTES, like)
+    maxima = pointer_to(room + ENDINGS_BYTES + 2 * STRIP_BYTES, like)
+    states = pointer_to(room + ENDINGS_BYTES + 3 * STRIP_BYTES, 0.0)
+    tiles = pointer_to(room + ENDINGS_BYTES + 3 * STRIP_BYTES + STATES_BYTES, like)
     inner, x_step, y_step = kept[(n_kept - 1) * COLUMNS + SIZE], kept[n_kept * COLUMNS + X], kept[n_kept * COLUMNS + Y]
-    per_inner = (inner + columns - 1) // columns
-    length, is_long, is_written = chunk_of(y), n > chunk_of(y), storages[1] == storage_of(y)
+    per_inner = count_strips(inner, itemsize_of(y), streaming)
+    # The first strip leaves out some columns, for the others to begin at a cache line.
+    left_out = (width - to_boundary(y, 0)) % width if streaming else 0
+    length, is_long = chunk_of(y), n > chunk_of(y)
+    x, is_read, is_written = pointer_to(x_address, like), storages[0] == storage_of(y), storages[1] == storage_of(y)
     # One more than a chunk, for another set of the cache.
     tile_size = (min(n, length) + 1) * width
     for strip in range(first_strip, end_strip):
-        column = strip % per_inner * columns
-        n_columns = min(columns, inner - column)
+        column = max(strip % per_inner * columns - left_out, 0)
+        n_columns = min((strip % per_inner + 1) * columns - left_out, inner) - column
+        if n_columns <= 0:
+            continue
         at = offset_of(strip // per_inner, kept, n_kept - 1, X) + column
         y_at = offset_of(strip // per_inner, kept, n_kept - 1, Y) + column
-        source = StripSource(storages[0], x_address, at, x_step, like, row)
+        next_at, next_step = at, 0
+        if strip + 1 < end_strip and is_read and n * STRIP_BYTES < STAYING_BYTES:
+            next_at = offset_of((strip + 1) // per_inner, kept, n_kept - 1, X)
+            next_at += max((strip + 1) % per_inner * columns - left_out, 0)
+            next_step = x_step
+        source = StripSource(storages[0], x_address, at, x_step, like, row, maxima)
         if is_long:
             fold_long_strip(function, source, n_columns, n, tiles, tile_size, states, work)
             end_long_strip(function, n_columns, states, endings, log_sums)
@@ -455,8 +529,10 @@ def run_strips(
             for t in range((n_columns + width - 1) // width):
                 tile = pointer_to(address_of(tiles, t * tile_size), like)
                 results = pointer_to(address_of(log_sums, t * width), like)
-                count = min(width, n_columns - t * width)
-                store_ending(endings, t, end_of_tile(function, tile, count, n, results, work))
+                count, largest = min(width, n_columns - t * width), load(maxima, t * width, register_of(y, 0.0))
+                upcoming = Upcoming(x, next_at + t * width, next_step)
+                end = end_of_tile(function, tile, largest, count, n, results, upcoming, work)
+                store_ending(endings, t, end)
         if function == LOGSUMEXP:
             write_block(log_sums, 0, like, storages[1], y_address, y_at, 0, 1, 1, n_columns)
             continue
