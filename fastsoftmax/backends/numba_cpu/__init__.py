@@ -150,7 +150,8 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     elif function == "weighted_logsumexp" or function in CROSS_ENTROPIES:
         pass
     elif _is_of_tiles(layout, itemsize):
-        traversal, streaming = "tiles", False
+        traversal = "tiles"
+        streaming &= layout.kept[0].y_stride == layout.n_cols * layout.itemsize
     elif layout.has_contiguous_rows:
         traversal = "rows"
         n_chunks = -(-row_bytes // rows.CHUNK_BYTES)
@@ -203,7 +204,7 @@ def _prepare(plan: Plan, layout: Layout, itemsize: int, storages: tuple[int, int
     kernel: Callable[..., None]
     leading: tuple[Any, ...]
     if schedule.traversal == "tiles":
-        kernel, leading, room = tiles.run_turned, (like, function, storages), tiles.bytes_of_tile(n)
+        kernel, leading, room = tiles.run_turned, (like, function, schedule.streaming, storages), tiles.bytes_of_tile(n)
     elif schedule.traversal == "strips":
         kernel, leading = tiles.run_strips, (like, function, schedule.streaming, storages)
         n_units, room = _count_strips(layout, itemsize, schedule.streaming), tiles.bytes_of_strip(n, itemsize)

@@ -217,6 +217,12 @@ def group_of(typing_context, x, number):
 
 
 @intrinsic
+def filled(typing_context, v, number):
+    """A register or group of the type of another, with a number in each lane."""
+    return v(v, number), lambda context, builder, _, operands: splatted(context, builder, v, number, operands[1])
+
+
+@intrinsic
 def repeat(typing_context, v):
     """A group of so many times the same register."""
     group = Register(v.dtype, lanes_of_group(v.dtype))

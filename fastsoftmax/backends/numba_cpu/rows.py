@@ -18,6 +18,7 @@ from fastsoftmax import _state
 
 from .jit import inline, jit, jit_entry
 from .registers import (
+    GROUP,
     REGISTER_BYTES,
     address_of,
     any_of,
@@ -74,12 +75,12 @@ CHUNK_BYTES = 32768
 BATCH_BYTES = 65536
 PREFETCHED_BYTES = 65536
 MAX_LANES = 16
-_SQUARE = REGISTER_BYTES * MAX_LANES
+_SQUARE = GROUP * REGISTER_BYTES * MAX_LANES
 BYTES_OF_WORK = 3 * _SQUARE + 4 * 8 * MAX_LANES
 
 
 class Work(NamedTuple):
-    """Scratch memory of a batch: a square of registers for each of what lanes hold, and where its segments lie."""
+    """Scratch memory of a batch: a group of registers for each lane of a row, and where its segments lie."""
 
     tops: Any
     highs: Any
@@ -271,15 +272,14 @@ def add_lanes(x, work):
     width = lanes_in(like)
     turn(work.highs, 0, width, width, width, work.highs, 0, width, width, width)
     turn(work.lows, 0, width, width, width, work.lows, 0, width, width, width)
-    return add_registers(x, width, work)
+    return add_registers(like, width, work)
 
 
 @jit
-def add_registers(x, count, work):
-    """The sum of the first registers, as a tree; the others are taken for 0."""
-    like = register_of(x, 0.0)
+def add_registers(like, count, work):
+    """The sum of the first registers, as a tree; the others, of as many as a row has lanes, are taken for 0."""
     width = lanes_in(like)
-    distance = width // 2
+    distance = lanes_in(register_of(work.highs, 0.0)) // 2
     while distance:
         for i in range(min(distance, count - distance)):
             at, other = i * width, (i + distance) * width

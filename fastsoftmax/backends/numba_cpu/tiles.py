@@ -16,16 +16,19 @@ from numba.extending import register_jitable
 from fastsoftmax import _state
 
 from . import rows
-from .jit import inline, jit, jit_entry
+from .jit import by_dtype, inline, jit, jit_entry
 from .registers import (
+    GROUP,
     REGISTER_BYTES,
     address_of,
     any_of,
+    filled,
     fma,
     group_of,
     itemsize_of,
     lane,
     lanes_in,
+    lanes_of,
     load,
     parts,
     pointer_to,
@@ -44,7 +47,6 @@ from .rows import (
     COLUMNS,
     LOG_SOFTMAX,
     LOGSUMEXP,
-    MAX_LANES,
     SIZE,
     SOFTMAX,
     Folded,
@@ -69,8 +71,7 @@ from .rows import (
     to_boundary,
     with_top,
     without_top,
-    write_differences,
-    write_scaled,
+    write_copies,
 )
 from .stored import read_any, read_rows, storage_of, write_block, write_rows
 from .terms import (
@@ -93,7 +94,6 @@ from .terms import (
 STRIP_BYTES = 512  # of each row of the array
 FIELDS = 7  # registers of an ending
 ENDINGS_BYTES, STATES_BYTES = FIELDS * STRIP_BYTES, 3 * 8 * STRIP_BYTES // 4
-PREFETCHED_TILES = 4
 PREFETCHED_LINES = 16  # how many rows of the array ahead a strip fetches what it writes
 # The next strip is fetched while one is computed, if it would stay in a second-level cache.
 STAYING_BYTES = 524288
@@ -101,8 +101,8 @@ PREFETCHED_ROWS = 8  # how many rows of the array ahead the next are fetched: st
 
 
 def bytes_of_tile(n):
-    """Scratch memory of `run_turned`: a tile, and its rows."""
-    return (2 * n + MAX_LANES) * REGISTER_BYTES
+    """Scratch memory of `run_turned`: a group of tiles, and its rows."""
+    return 2 * n * GROUP * REGISTER_BYTES
 
 
 @register_jitable
@@ -150,9 +150,40 @@ def fold_elements(logits, high, low, reference):
     return term, total, low + fma(factor, rest, head - (total - high))
 
 
-@jit
 def sum_tile(tile, n, reference, keep, upcoming, work):
     """The sums of the rows; with `keep`, terms take the place of logits."""
+
+
+@by_dtype(sum_tile)
+def _select_sum_tile(tile, n, reference, keep, upcoming, work):
+    return _sum_one_tile if reference.types[2].lanes == lanes_of(tile.dtype) else _sum_tiles
+
+
+def _sum_tiles(tile, n, reference, keep, upcoming, work):
+    """The same for a group of tiles, an element after the other."""
+    zero = filled(reference.magic, 0.0)
+    base, width, n_lanes = sum_base(zero), lanes_in(zero), lanes_in(register_of(tile, 0.0))
+    used = min(n, n_lanes)
+    for element in range(used):
+        term, high, low = fold_elements(load(tile, element * width, zero), zero + base, zero, reference)
+        store(work.highs, element * width, high)
+        store(work.lows, element * width, low)
+        if keep:
+            store(tile, element * width, term)
+    for element in range(used, n):
+        place = element % n_lanes * width
+        high, low = load(work.highs, place, zero), load(work.lows, place, zero)
+        term, high, low = fold_elements(load(tile, element * width, zero), high, low, reference)
+        store(work.highs, place, high)
+        store(work.lows, place, low)
+        if keep:
+            store(tile, element * width, term)
+    for i in range(used):
+        store(work.highs, i * width, load(work.highs, i * width, zero) - base)
+    return add_registers(zero, used, work)
+
+
+def _sum_one_tile(tile, n, reference, keep, upcoming, work):
     like, wide, references = register_of(tile, 0.0), group_of(tile, 0.0), of_group(reference)
     base = sum_base(like)
     width, used = lanes_in(like), min(n, lanes_in(like))
@@ -182,25 +213,26 @@ def sum_tile(tile, n, reference, keep, upcoming, work):
         done += width
     for i in range(used):
         store(work.highs, i * width, load(work.highs, i * width, like) - base)
-    return add_registers(tile, used, work)
+    return add_registers(like, used, work)
 
 
 @jit
 def sum_others_of_tile(tile, n, largest, reference, work):
     """The sums of the rows without their maxima, which may be far smaller than the maxima's terms."""
-    like = register_of(tile, 0.0)
-    width, used = lanes_in(like), min(n, lanes_in(like))
+    like = filled(largest, 0.0)
+    width, n_lanes = lanes_in(like), lanes_in(register_of(tile, 0.0))
+    used = min(n, n_lanes)
     for i in range(used):
         store(work.highs, i * width, like)
         store(work.lows, i * width, like)
     for element in range(n):
-        place = element % width * width
+        place = element % n_lanes * width
         logits = load(tile, element * width, like)
         term, term_low = term_at(logits, reference)
         high, error = two_sum(load(work.highs, place, like), where(logits == largest, 0.0, term))
         store(work.highs, place, high)
         store(work.lows, place, load(work.lows, place, like) + (error + where(logits == largest, 0.0, term_low)))
-    return add_registers(tile, used, work)
+    return add_registers(like, used, work)
 
 
 @jit
@@ -209,7 +241,7 @@ def fold_tile(tile, largest, count, n, keep, upcoming, work):
     reference = reference_at(largest)
     width = lanes_in(largest)
     infinite = any_of(size_of(largest) > constants(tile).largest)
-    nans = register_of(tile, 0.0)
+    nans = filled(largest, 0.0)
     if infinite:
         for row in range(count):
             if has_nan(tile, row, width, n):
@@ -239,46 +271,66 @@ def end_of_tile(function, tile, largest, count, n, log_sums, upcoming, work):
         return normalize(folded.largest, folded.high, folded.low, folded.reference)
     folded = fold_others_of_tile(tile, largest, count, n, upcoming, work)
     of_others, of_rows = put_log_sums(folded, work)
-    end = differences(folded.largest, load(of_others, 0, register_of(tile, 0.0)), folded.reference)
+    end = differences(folded.largest, load(of_others, 0, folded.largest), folded.reference)
     for row in range(count):
         log_sums[row] = of_rows[row]
     return end
 
 
 @jit_entry
-def run_turned(like, function, storages, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch):
-    """Run short rows, which lie a step apart. Others than those of the type that is computed in are converted."""
+def run_turned(
+    like, function, streaming, storages, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch
+):
+    """Run short rows, which lie a step apart. Others than those of the type that is computed in are converted.
+
+    Tiles go in groups, side by side: what comes between the passes over one alone is a chain of some two hundred
+    operations that wait for each other. (100000, 10) float32 take 30 % less time.
+    """
     x, y, kept = pointer_to(x_address, like), pointer_to(y_address, like), pointer_to(tables, 0)
     x_step, y_step = kept[X], kept[Y]
     work, tile = make_work(stack_memory(BYTES_OF_WORK), like), pointer_to(scratch, like)
-    width = lanes_in(register_of(x, 0.0))
-    converted = pointer_to(scratch + (n + MAX_LANES) * REGISTER_BYTES, like)
+    width, nothing = lanes_in(register_of(x, 0.0)), group_of(x, -math.inf)
+    together = lanes_in(nothing)
+    converted = pointer_to(address_of(tile, n * together), like)
     is_read, is_written = storages[0] == storage_of(x), storages[1] == storage_of(x)
-    for row in range(first, end, width):
-        count = min(width, end - row)
+    for row in range(first, end, together):
+        count = min(together, end - row)
         source, source_at, source_step = x, row * x_step, x_step
         if not is_read:
             source, source_at, source_step = converted, 0, n
             read_rows(storages[0], x_address, row * x_step, x_step, count, n, like, converted)
         for i in range(count if is_read else 0):
-            prefetch(x, (row + PREFETCHED_TILES * width + i) * x_step, register_of(x, 0.0))
-        for column in range(0, n, width):
-            size = min(width, n - column)
-            place = source_at + column
-            turn(source, place, source_step, count, size, tile, column * width, width, width, width)
-        ending = end_of_tile(function, tile, maxima_of_tile(tile, n), count, n, work.tops, Upcoming(tile, 0, 0), work)
+            prefetch(x, (row + together + i) * x_step, register_of(x, 0.0))
+        for first_row in range(0, together, width):
+            place, height = source_at + first_row * source_step, max(min(width, count - first_row), 0)
+            for column in range(0, n, width):
+                size = min(width, n - column)
+                at = column * together + first_row
+                turn(source, place + column, source_step, height, size, tile, at, together, size, width)
+        largest = nothing
+        for element in range(n):
+            largest = maximum(load(tile, element * together, nothing), largest)  # in this order a NaN is passed over
+        ending = end_of_tile(function, tile, largest, count, n, work.tops, Upcoming(tile, 0, 0), work)
         if function == LOGSUMEXP:
             write_block(work.tops, 0, like, storages[1], y_address, row * y_step, 0, 1, y_step, count)
             continue
-        if function == SOFTMAX:
-            write_scaled(tile, 0, tile, 0, n * width, ending, False)
-        else:
-            write_differences(tile, 0, tile, 0, n * width, ending, False)
-        target, target_at, target_step = (y, row * y_step, y_step) if is_written else (converted, 0, n)
-        for column in range(0, n, width):
-            size = min(width, n - column)
-            turn(tile, column * width, width, width, width, target, target_at + column, target_step, count, size)
-        if not is_written:
+        for element in range(n):
+            v = load(tile, element * together, nothing)
+            store(tile, element * together, scale(v, ending) if function == SOFTMAX else subtract(v, ending))
+        is_direct = is_written and not streaming
+        target, target_at, target_step = (y, row * y_step, y_step) if is_direct else (converted, 0, n)
+        for first_row in range(0, count, width):
+            place, height = target_at + first_row * target_step, min(width, count - first_row)
+            for column in range(0, n, width):
+                size = min(width, n - column)
+                at = column * together + first_row
+                turn(tile, at, together, size, width, target, place + column, target_step, height, size)
+        if streaming:  # (300000, 32) float32 take 30 % less
+            zero = register_of(y, 0.0)
+            write_copies(
+                converted, 0, y, row * y_step, count * n, differences(zero, zero, Reference(zero, zero, zero)), True
+            )
+        elif not is_written:
             write_rows(converted, like, storages[1], y_address, row * y_step, y_step, count, n)
 
 
