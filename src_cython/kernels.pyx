@@ -270,7 +270,7 @@ cdef bint run_block(const vec* x, vec* y, Job* job, Py_ssize_t block, Py_ssize_t
         job.kept.count -= 1
         left_out = columns_left_out(y, job, x)
         width = strip_columns(n, stored_size(source_storage(job), x), left_out + job.kept.size[job.kept.count], x)
-        n_strips = (left_out + job.kept.size[job.kept.count] + width - 1) // width
+        n_strips = rounded_up_quotient(left_out + job.kept.size[job.kept.count], width)
         n_units = total_size(&job.kept) * n_strips
         scratch_bytes = width * itemsize(x) * tile_registers(n, x)
         scratch_bytes += room_for_sink(job, <int>width // lanes(x), n, x) * REGISTER_BYTES

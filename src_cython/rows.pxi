@@ -107,8 +107,8 @@ cdef inline void fold_registers(
 ) noexcept nogil:
     """Fold an element into each lane of `count` registers, and give the terms.
 
-    With a step of 1 each register has a reference or a sum of its own, with 0 all have the same. With the maxima kept apart, it is
-    the smaller of x and the lane's maximum so far that is folded.
+    With a step of 1 each register has a reference or a sum of its own, with 0 all have the same. With the maxima kept
+    apart, it is the smaller of x and the lane's maximum so far that is folded.
 
     Sums begin at `sum_base` and stay above every term, so that what an addition loses is known after two subtractions
     (Dekker). With the maxima apart they begin at 0, as what is left may be far smaller, and Knuth's five are needed.

@@ -141,7 +141,6 @@ cdef struct Columns:  # adjacent rows, as they are shared out among tiles
     int n_tiles
     int[MAX_TILES] first
     int[MAX_TILES] count
-    bint are_whole  # whether each tile has a row for each lane
 
 
 cdef inline Columns share_out(Py_ssize_t n_rows, int left_out, const vec* like) noexcept nogil:
@@ -149,7 +148,6 @@ cdef inline Columns share_out(Py_ssize_t n_rows, int left_out, const vec* like) 
     cdef Columns columns
     cdef int t
     columns.n_tiles = <int>(left_out + n_rows + lanes(like) - 1) // lanes(like)
-    columns.are_whole = left_out == 0 and n_rows % lanes(like) == 0
     for t in range(columns.n_tiles):
         columns.first[t] = max(t * lanes(like) - left_out, 0)
         columns.count[t] = <int>min(n_rows, <Py_ssize_t>((t + 1) * lanes(like) - left_out)) - columns.first[t]

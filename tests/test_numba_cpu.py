@@ -1,5 +1,6 @@
 """What is particular to the Numba backend: its traversals, its compiled forms and its import."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastsoftmax
-from fastsoftmax._schedule import cache_sizes
+from fastsoftmax._schedule import Caches, cache_sizes
 
 from .reference import error_of
 
@@ -34,6 +35,28 @@ def logits(shape, dtype, seed=0):
 
 STORED = cache_sizes().last_level // numba_cpu.SCRATCH_SHARE // 4  # elements of float32 that a scratch holds
 CHUNK = rows.CHUNK_BYTES // 8  # elements of float64, half a chunk of float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((65, 16), 1), ((130, 37), 1), ((17, 3), 1), ((3, 20, 256), 1), ((9000, 80), 0), ((40, 130), 0)]
+)
+def test_streamed_tiles_and_strips(dtype, shape, axis, monkeypatch):
+    """Results past the caches have the same bits, and nothing beside them is written, wherever the output begins."""
+    monkeypatch.setenv("FASTSOFTMAX_NUM_THREADS", "1")
+    x = logits(shape, dtype)
+    expected = {function: call(function, x, axis)[0] for function in ("softmax", "log_softmax")}
+    monkeypatch.setattr(numba_cpu, "cache_sizes", lambda: Caches(64, 64))
+    numba_cpu._make_plan.cache_clear()  # plans are remembered, as caches never change
+    try:
+        for function, first in itertools.product(expected, (0, 1, 3, 16)):
+            room = np.full(x.size + 32, 7, dtype)
+            result, schedule = call(function, x, axis, out=room[first : first + x.size].reshape(shape))
+            assert schedule.streaming
+            np.testing.assert_array_equal(result, expected[function])
+            assert (room[:first] == 7).all()
+            assert (room[first + x.size :] == 7).all()
+    finally:
+        numba_cpu._make_plan.cache_clear()
 
 
 @pytest.mark.parametrize(

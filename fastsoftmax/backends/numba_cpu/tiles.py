@@ -301,7 +301,7 @@ def run_turned(
             read_rows(storages[0], x_address, row * x_step, x_step, count, n, like, converted)
         for i in range(count if is_read else 0):
             prefetch(x, (row + together + i) * x_step, register_of(x, 0.0))
-        for first_row in range(0, together, width):
+        for first_row in range(0, together, width):  # zeros where no row is left: what lies there may be slow
             place, height = source_at + first_row * source_step, max(min(width, count - first_row), 0)
             for column in range(0, n, width):
                 size = min(width, n - column)
