@@ -205,7 +205,7 @@ cdef inline void fold_divided_elements(
     cdef Py_ssize_t block = GROUP * lanes(x), i = 0
     high[0] = low[0] = zero
     if keep:
-        high[0] = sum_base(x)
+        high[0] = sum_base(n, x)
     while i + block <= n:
         if keep:
             fold_divided_group(at(x, i), <vec*>at(<const vec*>terms, i), block, True, True, -1, divisor, high, low)
@@ -219,7 +219,7 @@ cdef inline void fold_divided_elements(
     elif i < n:
         fold_divided_group(at(x, i), <vec*>NULL, n - i, False, False, left_out - i, divisor, high, low)
     if keep:
-        high[0] = high[0] - sum_base(x)
+        high[0] = high[0] - sum_base(n, x)
 
 
 cdef inline void fold_divided_group(
@@ -381,7 +381,7 @@ cdef void fold_divided_tile(
 cdef inline void fold_divided_lanes(
     vec* tile, int first, int count, Py_ssize_t n, bint keep, vec left_out, const vec* divisor, vec* highs, vec* lows
 ) noexcept nogil:
-    cdef vec base = sum_base(divisor) if keep else splat(0.0, divisor)
+    cdef vec base = sum_base(n, divisor) if keep else splat(0.0, divisor)
     cdef Py_ssize_t element = first
     cdef int j
     for j in range(count):

@@ -37,6 +37,7 @@ cdef extern from "Python.h":
 
 
 cnp.import_array()
+has_large_first_cache = first_cache_of_amd() >= 48
 
 cdef enum Function:
     SOFTMAX
@@ -185,7 +186,7 @@ cdef int run_sink(
 
 
 cdef inline void sink_tiles(
-    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Job* job,
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming* upcoming, const Job* job,
     Py_ssize_t first_row, const vec* smallest, vec* largest, vec* room
 ) noexcept nogil:
     """Hand over rows, of which this is the number of the first; they may be overwritten."""

@@ -74,8 +74,11 @@ cdef extern from "simd.h" nogil:
     f32v f32v_from_bfloat16(u16v v)
     u16v f32v_to_bfloat16(f32v v)
     double exact_power_of_two(double k)
+    long power_of_two_from(long n)
     void prefetch(const void* p)
-    void prefetch_far(const void* p)
+    void prefetch_far(const char* p, long step, int count)
+    bint has_large_first_cache
+    int first_cache_of_amd()
     void stream_fence()
     bint processor_runs(const char* tier)
 

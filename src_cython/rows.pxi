@@ -14,8 +14,7 @@ cdef enum Exponentials:
 
 cdef enum:
     # How far ahead of the exponentials what is probably next is fetched, so that memory is busy meanwhile: (8192, 4096)
-    # float32 take 10.7 ms instead of 13.5. It goes to the L2 cache: in the first it would push out what is computed with,
-    # and they take 13.8 ms instead of 18.2 where that has 32 KiB.
+    # float32 take 10.7 ms instead of 13.5.
     PREFETCHED_BYTES = 65536
     # The low parts of a lane's sum are added up in runs of so many, so that rounding adds up over 64 + 8 additions, not
     # 512: the log-probabilities of a chunk with one large element and many of a millionth were 8 ULP off, and are 1.2.
@@ -173,12 +172,11 @@ cdef inline void fold_elements(
     cdef int j
     cdef bint has_base = not apart and arithmetic != COARSE
     if has_base:
-        highs = sum_base(x)
+        highs = sum_base(n, x)
     while (i + GROUP) * width <= n:
         for j in range(GROUP):
             logits[j] = load(x + i + j)
-        for j in range(GROUP):
-            prefetch_far(at(x, i * width + j * width + PREFETCHED_BYTES // itemsize(x)))
+        prefetch_far(<const char*>(x + i) + PREFETCHED_BYTES, REGISTER_BYTES, GROUP)
         fold_registers(logits, group, GROUP, &tops, &highs, &lows, apart, arithmetic, reference, 0, 0)
         for j in range(GROUP):
             if keep:
@@ -192,8 +190,7 @@ cdef inline void fold_elements(
     while n > (i + 1) * width:
         for j in range(GROUP // 2):
             logits[j] = load_first(x + i + j, count_within(i + j, n, x), fill)
-        for j in range(GROUP // 2):
-            prefetch_far(at(x, i * width + j * width + PREFETCHED_BYTES // itemsize(x)))
+        prefetch_far(<const char*>(x + i) + PREFETCHED_BYTES, REGISTER_BYTES, GROUP // 2)
         fold_registers(logits, group, GROUP // 2, &tops, &highs, &lows, apart, arithmetic, reference, 0, 0)
         for j in range(GROUP // 2):
             if keep:
@@ -201,7 +198,7 @@ cdef inline void fold_elements(
         i += GROUP // 2
     if n > i * width:
         logits[0] = load_first(x + i, count_within(i, n, x), fill)
-        prefetch_far(at(x, i * width + PREFETCHED_BYTES // itemsize(x)))
+        prefetch_far(<const char*>(x + i) + PREFETCHED_BYTES, REGISTER_BYTES, 1)
         fold_registers(logits, group, 1, &tops, &highs, &lows, apart, arithmetic, reference, 0, 0)
         if keep:
             store_within(terms, i, n, group[0])
@@ -209,7 +206,7 @@ cdef inline void fold_elements(
         high[0], low[0] = earlier + highs, zero
         return
     if has_base:
-        highs = highs - sum_base(x)
+        highs = highs - sum_base(n, x)
     top[0], high[0], low[0] = tops, highs, earlier + lows
 
 
@@ -260,12 +257,15 @@ cdef inline vec without_top(
     """Take the maximum's term out of a sum of n; give what the rest is above where it has digits enough for log1p.
 
     A term below 2**-22 of the maximum's (2**-51 in float64) is lost to the high part of its lane's sum, and the low part
-    adds up what is lost with less care: that may be a 32nd of the rest.
+    adds up what is lost with less care: that may be a 32nd of the rest. In a short row it is n halves of a last digit of
+    `sum_base`, and a 2**-24 of them what rounding takes.
     """
     cdef vec top, top_low, error
     scaled_exp(&largest, &top, &top_low, 1, reference, 0)
     high[0] = two_sum(high[0], splat(0.0, &top) - top, &error)
     low[0] = (low[0] - top_low) + error
+    if n <= SHORT:
+        return sum_base(n, &top) * splat(n * by_type(2.0**-21, 2.0**-50, &top), &top)
     return top * splat(n * by_type(2.0**-17, 2.0**-46, &top), &top)
 
 
@@ -391,8 +391,8 @@ cdef inline void write_elements(
     while (i + GROUP) * width <= n:
         for j in range(GROUP):
             v[j] = load(source + i + j)
-            if kind == EXP_SCALE:  # (10000000,) float32 take 3.2 ms instead of 4.2
-                prefetch_far(at(source, (i + j) * width + PREFETCHED_BYTES // itemsize(source)))
+        if kind == EXP_SCALE:  # (10000000,) float32 take 3.2 ms instead of 4.2
+            prefetch_far(<const char*>(source + i) + PREFETCHED_BYTES, REGISTER_BYTES, GROUP)
         finish(v, GROUP, kind, reference, finishers, 0, has_ties)
         for j in range(GROUP):
             if streaming:

@@ -136,7 +136,7 @@ cdef void sample_band(Sampling* call, Py_ssize_t index, Workspace* work, const v
 
 
 cdef void sample_from_tiles(
-    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, Sampling* call,
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming* upcoming, Sampling* call,
     Py_ssize_t first_row, vec* smallest, vec* largest, vec* room
 ) noexcept nogil:
     """`sample_band` for rows of up to a chunk: by their terms, or by what is selected if nothing else may be drawn.

@@ -112,7 +112,7 @@ cdef void put_nan_first(
 
 
 cdef void select_from_tiles(
-    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Selection* call,
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming* upcoming, const Selection* call,
     Py_ssize_t first_row, const vec* smallest, vec* largest, vec* room
 ) noexcept nogil:
     """Select from rows of up to a chunk; `room` has twice k registers for each tile."""

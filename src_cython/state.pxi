@@ -19,6 +19,7 @@ cdef enum:
     # The sum of a row is taken in chunks of this many bytes, merged in order. A chunk fits the L1 cache, where it waits
     # from the search for its maximum until its exponentials.
     CHUNK_BYTES = 32768
+    SHORT = 64  # elements of a short row: see `sum_base`
 
 cdef extern from *:
     """
@@ -89,12 +90,15 @@ cdef inline void reference_at(vec largest, vec row_offset, vec* reference) noexc
     subnormal results come from terms with all their digits, so far below the largest that their sum is in range.
     """
     cdef vec zero = splat(0.0, &largest), finite = splat(by_type(FLT_MAX, DBL_MAX, &largest), &largest)
-    cdef vec size = maximum(largest, zero - largest), distance = largest - row_offset, offset, k
-    distance = maximum(distance, zero - distance)
-    offset = where_at_most(distance, splat(by_type(256.0, 4096.0, &largest), &largest), row_offset, largest)
-    offset = where_at_most(size, splat(by_type(1024.0, 16384.0, &largest), &largest), zero, offset)
-    offset = where_at_most(size, finite, offset, zero)
-    k = (where_at_most(size, finite, largest, zero) - offset) * splat(LOG2_E, &largest)
+    cdef vec size = maximum(largest, zero - largest), distance = largest - row_offset, offset = zero, k
+    cdef vec moderate = splat(by_type(1024.0, 16384.0, &largest), &largest)
+    if any_greater(size, moderate):
+        distance = maximum(distance, zero - distance)
+        offset = where_at_most(distance, splat(by_type(256.0, 4096.0, &largest), &largest), row_offset, largest)
+        offset = where_at_most(size, moderate, zero, offset)
+        offset = where_at_most(size, finite, offset, zero)
+        largest = where_at_most(size, finite, largest, zero)
+    k = (largest - offset) * splat(LOG2_E, &largest)
     k = (k + splat(by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &largest), &largest)) - splat(
         by_type(1.5 * 2.0**24, 1.5 * 2.0**53, &largest), &largest)  # the nearest even number
     make_reference(offset, k - splat(by_type(64.0, 100.0, &largest), &largest), reference)
@@ -113,9 +117,13 @@ cdef inline vec is_finite_then(vec v, vec finite, vec otherwise) noexcept nogil:
     return where_at_most(size, splat(by_type(FLT_MAX, DBL_MAX, &v), &v), finite, otherwise)
 
 
-cdef inline vec sum_base(const vec* like) noexcept nogil:
-    """A power of two above every term of a chunk whose reference is at its maximum."""
-    return splat(by_type(2.0**66, 2.0**102, like), like)
+cdef inline vec sum_base(Py_ssize_t n, const vec* like) noexcept nogil:
+    """A power of two above every term of a chunk of n elements whose reference is at its maximum.
+
+    If there are at most SHORT, it is above their sum as well: then high parts are multiples of one power of two, and add up
+    exactly in any order.
+    """
+    return splat(by_type(2.0**65, 2.0**101, like) * (power_of_two_from(n) if n <= SHORT else 2), like)
 
 
 cdef inline void start(vec* q, const vec* r, int count, double coefficient) noexcept nogil:
@@ -451,6 +459,9 @@ cdef inline void find_ties(vec largest, vec high, vec low, const vec* reference,
 
     m is tested, so an estimate of the quotient is enough to find it; the share of each is worked out where there is one.
     """
+    finishers[LIMIT], finishers[SHARE] = splat(INFINITY, &largest), splat(0.0, &largest)
+    if powers(&largest) > 1 and not may_have_ties(largest, high, reference):
+        return
     cdef vec zero = splat(0.0, &largest), one = splat(1.0, &largest)
     cdef vec rounder = splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &largest), &largest)
     cdef vec top, top_low, bound, others, m, distance
@@ -464,10 +475,19 @@ cdef inline void find_ties(vec largest, vec high, vec low, const vec* reference,
     m = where_at_most(others, bound, one, m)
     # Beyond 4096 the digits of the sum no longer rule out chance.
     m = where_at_most(m, splat(4096.0, &m), m, splat(INFINITY, &m))
-    finishers[LIMIT], finishers[SHARE] = splat(INFINITY, &m), zero
     if any_greater(finishers[LIMIT], m):
         finishers[SHARE] = one / m
         finishers[LIMIT] = where_at_most(m, splat(4096.0, &m), finishers[SHARE] * splat(0.75, &m), m)
+
+
+cdef inline bint may_have_ties(vec largest, vec high, const vec* reference) noexcept nogil:
+    """Whether the quotient of a row's sum and its largest term is near an integer, as far as an estimate tells."""
+    cdef vec top, ratio, distance
+    cdef vec rounder = splat(by_type(1.5 * 2.0**23, 1.5 * 2.0**52, &largest), &largest)
+    coarse_exp(&largest, &top, 1, reference, 0)
+    ratio = high * about_reciprocal(top)
+    distance = ratio - ((ratio + rounder) - rounder)
+    return any_greater(ratio * splat(2.0**-12, &ratio), maximum(distance, splat(0.0, &ratio) - distance))
 
 
 cdef inline void rest_over_top(

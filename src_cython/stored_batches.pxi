@@ -22,8 +22,7 @@ cdef inline vec read_row(const void* x, vec* row, Py_ssize_t n, Storage storage)
             v = load_stored(<const char*>x + (i + j) * width * size, <int>width, fill, storage)
             store(row + i + j, v)
             tops[j] = maximum(v, tops[j])  # in this order of operands a NaN is passed over
-        for j in range(EXTREMES // 2):
-            prefetch_far(<const char*>x + (i + 2 * j) * width * size + PREFETCHED_BYTES)
+        prefetch_far(<const char*>x + i * width * size + PREFETCHED_BYTES, REGISTER_BYTES, EXTREMES // 2)
         i += EXTREMES
     while i * width < n:
         v = load_stored(<const char*>x + i * width * size, count_within(i, n, <const vec*>row), fill, storage)

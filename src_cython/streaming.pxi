@@ -68,7 +68,7 @@ cdef void run_streaming_band(const Streaming* call, Py_ssize_t index, vec* scrat
 
 
 cdef void fold_tiles_into_states(
-    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Streaming* call,
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming* upcoming, const Streaming* call,
     Py_ssize_t first_row, const vec* smallest, vec* largest
 ) noexcept nogil:
     """Fold rows of up to a chunk, as `fold_band` does."""

@@ -141,7 +141,7 @@ cdef void run_long_strip(
         size = min(length, n - first)
         copy_strip(source, first, columns, size, tiles, tile_size, smallest, largest)
         fold_tiles(
-            tiles, tile_size, columns, size, nothing, False, apart, is_coarse(job), job.has_zero and first == 0,
+            tiles, tile_size, columns, size, &nothing, False, apart, is_coarse(job), job.has_zero and first == 0,
             row_offsets, smallest, references, largest, high, low)
         for t in range(columns.n_tiles):
             exponent = exponent_of(references + t * REFERENCE)
@@ -250,7 +250,10 @@ cdef void run_strip(
         if index + 1 == n_strips:
             locate(&job.kept, outer + 1, &x_offset, &y_offset)
             upcoming.place = <const char*>x + x_offset
-        upcoming.stride, upcoming.tile_stride, upcoming.is_far = source.x_stride, lanes(like) * x_size, True
+        upcoming.per_piece = GROUP if n <= SHORT else width // lanes(like)
+        upcoming.step, upcoming.left, upcoming.is_far = lanes(like) * x_size, upcoming.per_piece, True
+        upcoming.gap = source.x_stride - upcoming.per_piece * upcoming.step
+        upcoming.back = upcoming.per_piece * upcoming.step - n * source.x_stride
     if n > chunk_length(like) and is_divided(job):
         run_long_divided_strip(&source, y, job.row.y_stride[0], &columns, n, job, tiles, log_sums)
     elif n > chunk_length(like):
@@ -259,10 +262,10 @@ cdef void run_strip(
         copy_strip(&source, 0, &columns, n, tiles, tile_size, smallest, largest)
         if job.sink != NULL:
             sink_tiles(
-                tiles, tile_size, &columns, n, upcoming, job, outer * job.kept.size[inner] + first, smallest, largest,
+                tiles, tile_size, &columns, n, &upcoming, job, outer * job.kept.size[inner] + first, smallest, largest,
                 tiles + width // lanes(like) * tile_size)
             return
-        reduce_tiles(tiles, tile_size, &columns, n, upcoming, job, smallest, largest, finishers, log_sums)
+        reduce_tiles(tiles, tile_size, &columns, n, &upcoming, job, smallest, largest, finishers, log_sums)
         finish_tiles(
             <const vec*>tiles, tile_size, &columns, n, job.function, is_coarse(job), <const vec*>finishers, y,
             job.row.y_stride[0], job.streaming, job.storage)

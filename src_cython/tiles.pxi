@@ -13,7 +13,6 @@ cdef enum:
     # instead of 68.
     TURNED_TILES = 8
     TURNED_BYTES = 20480
-    SHORT = 64  # up to so many elements rows are folded by `sum_short_tiles`: (32, 1024) float32 on axis 0 take 5 % less
     MAX_TILES = 32  # of a strip
     # Tiles of a strip that are read or written together, at most twice a GROUP. One after the other, an address is computed
     # for each register: (1000, 64) float32 on axis 0 take 11 us instead of 18.
@@ -92,13 +91,16 @@ cdef inline bint has_room_behind(Py_ssize_t n, Py_ssize_t n_rows, const vec* lik
     return n_rows * n >= block_length(like) - n
 
 
-cdef inline void read_tile(const char* rows, Py_ssize_t stride, Py_ssize_t n, vec* tile) noexcept nogil:
-    """Turn as many rows as a register has lanes to a tile, a block of columns at a time.
+cdef inline void read_tile(
+    const char* rows, Py_ssize_t stride, Py_ssize_t n, vec* tile, vec* smallest, vec* largest
+) noexcept nogil:
+    """Turn as many rows as a register has lanes to a tile, a block of columns at a time, and find the extremes.
 
     A square needs half the registers there are, and most of one is empty if rows are short: by squares (1000, 5) float32
     take 9.6 us instead of 7.2, (1000, 37) 28.2 instead of 24.8. Rows shorter than a block are read with what is behind.
     """
     cdef vec[MAX_LANES] band
+    cdef vec top = splat(-INFINITY, <const vec*>tile), bottom = splat(INFINITY, <const vec*>tile)
     cdef Py_ssize_t column = 0, length = block_length(<const vec*>tile), first
     cdef int i
     while column < n:
@@ -109,7 +111,9 @@ cdef inline void read_tile(const char* rows, Py_ssize_t stride, Py_ssize_t n, ve
         for i in range(length):
             if first + i < n:
                 store(tile + first + i, band[i])
+                top, bottom = maximum(band[i], top), minimum(band[i], bottom)
         column += length
+    smallest[0], largest[0] = bottom, top
 
 
 cdef inline void write_tile(
@@ -169,27 +173,38 @@ cdef inline int lanes_with_elements(Py_ssize_t n, const vec* like) noexcept nogi
 
 cdef struct Upcoming:  # what is probably read next, fetched while terms are computed: a cache line for each register
     const char* place
-    Py_ssize_t stride  # from one element to the next, in bytes
-    Py_ssize_t tile_stride
+    Py_ssize_t step  # from one line to the next, in bytes
+    Py_ssize_t per_piece  # lines that follow each other
+    Py_ssize_t left  # of them, in this piece
+    Py_ssize_t gap  # between pieces, in bytes
+    Py_ssize_t back  # further after each group of tiles
     bint is_far  # whether it goes to the second-level cache, as the first has no room for it
 
 
 cdef inline Upcoming nothing_upcoming(const vec* tiles) noexcept nogil:
     cdef Upcoming nothing
-    nothing.place, nothing.stride, nothing.tile_stride, nothing.is_far = <const char*>tiles, 0, 0, False
+    nothing.place, nothing.step, nothing.gap, nothing.back, nothing.is_far = <const char*>tiles, 0, 0, 0, False
+    nothing.per_piece = nothing.left = <Py_ssize_t>1 << 62
     return nothing
 
 
-cdef inline void fetch(const Upcoming* upcoming, Py_ssize_t tile, Py_ssize_t element) noexcept nogil:
-    cdef const char* place = upcoming.place + tile * upcoming.tile_stride + element * upcoming.stride
+cdef inline void fetch(Upcoming* upcoming, int count) noexcept nogil:
+    """Fetch the next `count` lines."""
+    cdef int j
     if upcoming.is_far:
-        prefetch_far(place)
+        prefetch_far(upcoming.place, upcoming.step, count)
     else:
-        prefetch(place)
+        for j in range(count):
+            prefetch(upcoming.place + j * upcoming.step)
+    upcoming.place += count * upcoming.step
+    upcoming.left -= count
+    if upcoming.left <= 0:
+        upcoming.place += upcoming.gap
+        upcoming.left = upcoming.per_piece
 
 
 cdef inline void fold_tile_elements(
-    vec* tile, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart, Arithmetic arithmetic, const vec* reference,
+    vec* tile, Py_ssize_t n, Upcoming* upcoming, bint keep, bint apart, Arithmetic arithmetic, const vec* reference,
     vec* tops, vec* highs, vec* lows
 ) noexcept nogil:
     """Fold the elements into their lanes' sums; with `keep`, terms take the place of the elements."""
@@ -203,20 +218,20 @@ cdef inline void fold_tile_elements(
 
 
 cdef inline void fold_lanes(
-    vec* tile, int first, int count, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart,
+    vec* tile, int first, int count, Py_ssize_t n, Upcoming* upcoming, bint keep, bint apart,
     Arithmetic arithmetic, const vec* reference, vec* tops, vec* highs, vec* lows
 ) noexcept nogil:
     """Fold the elements of `count` lanes, from the `first` on."""
     cdef vec[TOGETHER] terms, top, high, low, earlier
-    cdef vec zero = splat(0.0, reference), base = zero if apart or arithmetic == COARSE else sum_base(reference)
+    cdef vec zero = splat(0.0, reference), base = zero if apart or arithmetic == COARSE else sum_base(n, reference)
     cdef Py_ssize_t element = first, end_of_run = first + RUN * lanes(reference)
     cdef int j
     for j in range(count):
         top[j], high[j], low[j], earlier[j] = splat(-INFINITY, reference), base, zero, zero
     while element + count <= n:
         fold_registers(tile + element, terms, count, top, high, low, apart, arithmetic, reference, 0, 1)
+        fetch(upcoming, count)
         for j in range(count):
-            fetch(&upcoming, 0, element + j)
             if keep:
                 tile[element + j] = terms[j]
         element += lanes(reference)
@@ -230,7 +245,7 @@ cdef inline void fold_lanes(
     for j in range(count):
         if element + j < n:  # in the last row of lanes, which is shorter
             fold_registers(tile + element + j, terms, 1, top + j, high + j, low + j, apart, arithmetic, reference, 0, 1)
-            fetch(&upcoming, 0, element + j)
+            fetch(upcoming, 1)
             if keep:
                 tile[element + j] = terms[0]
         if arithmetic == COARSE:
@@ -240,7 +255,7 @@ cdef inline void fold_lanes(
 
 
 cdef void sum_tile(
-    vec* tile, Py_ssize_t n, Upcoming upcoming, bint keep, bint apart, Arithmetic arithmetic, vec largest,
+    vec* tile, Py_ssize_t n, Upcoming* upcoming, bint keep, bint apart, Arithmetic arithmetic, vec largest,
     const vec* reference, vec* high, vec* low
 ) noexcept nogil:
     cdef vec[MAX_LANES] tops, highs, lows
@@ -266,7 +281,7 @@ cdef void sum_tile(
 
 
 cdef inline void fold_beside(
-    vec* tiles, Py_ssize_t tile_size, Py_ssize_t element, const Upcoming* upcoming, bint keep, Arithmetic arithmetic,
+    vec* tiles, Py_ssize_t tile_size, Upcoming* upcoming, bint keep, Arithmetic arithmetic,
     const vec* references, vec* highs, vec* lows
 ) noexcept nogil:
     """Fold an element of each row of GROUP tiles."""
@@ -274,7 +289,7 @@ cdef inline void fold_beside(
     cdef int j
     for j in range(GROUP):
         logits[j] = tiles[j * tile_size]
-        fetch(upcoming, j, element)
+    fetch(upcoming, GROUP)
     fold_registers(logits, terms, GROUP, <vec*>NULL, highs, lows, False, arithmetic, references, 1, 1)
     for j in range(GROUP):
         if keep:
@@ -282,39 +297,40 @@ cdef inline void fold_beside(
 
 
 cdef inline void sum_short_tiles(
-    vec* tiles, Py_ssize_t tile_size, Py_ssize_t n, Upcoming upcoming, bint keep, Arithmetic arithmetic,
+    vec* tiles, Py_ssize_t tile_size, Py_ssize_t n, Upcoming* upcoming, bint keep, Arithmetic arithmetic,
     const vec* references, vec* high, vec* low
 ) noexcept nogil:
     """`sum_tile` for GROUP tiles of short rows, without their maxima apart.
 
     It goes element by element with the tiles side by side, as one tile has too few elements to go through the
-    exponential together: (2048, 3) float32 take 12.0 us instead of 13.3.
+    exponential together: (2048, 3) float32 take 12.0 us instead of 13.3. What is added up for each lane is COARSE terms, or
+    what the exact sums of the high parts leave.
     """
-    cdef vec[MAX_LANES * GROUP] highs, lows
-    cdef vec[GROUP] high_of_lane, low_of_lane
-    cdef vec base = splat(0.0, references) if arithmetic == COARSE else sum_base(references)
+    cdef vec[MAX_LANES * GROUP] sums
+    cdef vec[GROUP] sum_of_lane
+    cdef vec zero = splat(0.0, references), base = sum_base(n, references)
+    cdef bint is_coarse = arithmetic == COARSE
     cdef int n_lanes = lanes_with_elements(n, references), element, j, l, distance = lanes(references) // 2
+    for j in range(GROUP):
+        high[j] = base
     for element in range(n_lanes):
         for j in range(GROUP):
-            high_of_lane[j], low_of_lane[j] = base, base - base
+            sum_of_lane[j] = zero
         fold_beside(
-            tiles + element, tile_size, element, &upcoming, keep, arithmetic, references, high_of_lane, low_of_lane)
+            tiles + element, tile_size, upcoming, keep, arithmetic, references, &sum_of_lane[0] if is_coarse else high,
+            &sum_of_lane[0])
         for j in range(GROUP):
-            highs[element * GROUP + j], lows[element * GROUP + j] = high_of_lane[j], low_of_lane[j]
+            sums[element * GROUP + j] = sum_of_lane[j]
     for element in range(n_lanes, n):
         l = element % lanes(references) * GROUP
-        fold_beside(tiles + element, tile_size, element, &upcoming, keep, arithmetic, references, highs + l, lows + l)
-    for l in range(n_lanes * GROUP):
-        highs[l] = highs[l] - base
+        fold_beside(
+            tiles + element, tile_size, upcoming, keep, arithmetic, references, &sums[l] if is_coarse else high, &sums[l])
     while distance:
-        for l in range(min(distance, n_lanes - distance)):
-            for j in range(GROUP):
-                accumulate(
-                    &highs[l * GROUP + j], &lows[l * GROUP + j], highs[(l + distance) * GROUP + j],
-                    lows[(l + distance) * GROUP + j])
+        for l in range(min(distance, n_lanes - distance) * GROUP):
+            sums[l] = sums[l] + sums[l + distance * GROUP]
         distance //= 2
     for j in range(GROUP):
-        high[j], low[j] = highs[j], lows[j]
+        high[j], low[j] = sums[j] if is_coarse else high[j] - base, sums[j]
 
 
 cdef inline vec tile_extremes(const vec* tile, Py_ssize_t n, vec* smallest) noexcept nogil:
@@ -329,7 +345,7 @@ cdef inline vec tile_extremes(const vec* tile, Py_ssize_t n, vec* smallest) noex
 
 
 cdef void fold_tiles(
-    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, bint keep,
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming* upcoming, bint keep,
     bint apart, bint coarse, bint has_zero, const vec* row_offsets, const vec* smallest, vec* references, vec* largest,
     vec* high, vec* low
 ) noexcept nogil:
@@ -360,14 +376,13 @@ cdef void fold_tiles(
         else:
             sum_short_tiles(
                 tiles + t * tile_size, tile_size, n, upcoming, False, FULL, references + t * REFERENCE, high + t, low + t)
-        upcoming.place += GROUP * upcoming.tile_stride
+        upcoming.place += upcoming.back
         t += GROUP
     while t < columns.n_tiles:
         sum_tile(
             tiles + t * tile_size, n, upcoming, keep, False,
             COARSE if coarse else arithmetic_for(smallest[t], references + t * REFERENCE), largest[t],
             references + t * REFERENCE, high + t, low + t)
-        upcoming.place += upcoming.tile_stride
         t += 1
     for t in range(columns.n_tiles if has_zero else 0):
         add_zero(COARSE if coarse else FULL, references + t * REFERENCE, high + t, low + t)
@@ -517,7 +532,7 @@ cdef inline bint any_ties(const vec* finishers, int n_tiles) noexcept nogil:
 
 
 cdef void reduce_tiles(
-    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming upcoming, const Job* job,
+    vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Upcoming* upcoming, const Job* job,
     const vec* smallest, vec* largest, vec* finishers, vec* y
 ) noexcept nogil:
     """Make terms of the logits for softmax, and find what finishes elements; write logsumexp, which is all there is.
@@ -599,24 +614,25 @@ cdef inline void run_turned_stored_as(
     cdef bint coarse = x_storage != AS_COMPUTED and job.function == SOFTMAX
     cdef vec[MAX_BLOCK] edge  # a copy of rows that have no room behind them
     cdef int t, n_behind
-    upcoming.place, upcoming.stride = <const char*>below(x, first + n_rows, x_stride), lanes(x) * stored_size(x_storage, x)
-    upcoming.tile_stride, upcoming.is_far = n * upcoming.stride, n > LONG_TILE
+    upcoming = nothing_upcoming(tiles)
+    upcoming.place, upcoming.step = <const char*>below(x, first + n_rows, x_stride), lanes(x) * stored_size(x_storage, x)
+    upcoming.is_far = n > LONG_TILE
     x, y = below(x, first, x_stride), <vec*>below(<const vec*>y, first, y_stride)
     rows = tiles + turned_tiles(n) * n if job.streaming else y  # scratch that results are streamed from
     for t in range(all_rows.n_tiles):
         source, n_behind = <const char*>below(x, t * lanes(x), x_stride), n_rows - (t + 1) * lanes(x)
         if not is_in_blocks(n, x_stride, all_rows.count[t], x_storage, x):
             turn(source, x_stride, all_rows.count[t], n, tiles + t * n, REGISTER_BYTES, x_storage, AS_COMPUTED, x)
+            largest[t] = tile_extremes(<const vec*>tiles + t * n, n, smallest + t)
         elif has_room_behind(n, n_behind, x):
-            read_tile(source, x_stride, n, tiles + t * n)
+            read_tile(source, x_stride, n, tiles + t * n, smallest + t, largest + t)
         else:
             memcpy(edge, source, n * REGISTER_BYTES)
-            read_tile(<const char*>edge, x_stride, n, tiles + t * n)
-        largest[t] = tile_extremes(<const vec*>tiles + t * n, n, smallest + t)
+            read_tile(<const char*>edge, x_stride, n, tiles + t * n, smallest + t, largest + t)
     if job.sink != NULL:
-        sink_tiles(tiles, n, &all_rows, n, upcoming, job, first, smallest, largest, tiles + turned_tiles(n) * n)
+        sink_tiles(tiles, n, &all_rows, n, &upcoming, job, first, smallest, largest, tiles + turned_tiles(n) * n)
         return
-    reduce_tiles(tiles, n, &all_rows, n, upcoming, job, smallest, largest, finishers, log_sums)
+    reduce_tiles(tiles, n, &all_rows, n, &upcoming, job, smallest, largest, finishers, log_sums)
     if job.function == LOGSUMEXP:
         turn(log_sums, REGISTER_BYTES, 1, n_rows, y, y_stride, AS_COMPUTED, storage, x)
         return

@@ -116,8 +116,8 @@ MUTANTS = (
     Mutant(
         "short-rows-rounded",
         "src_cython/tiles.pxi",
-        "high_of_lane[j], low_of_lane[j]\n    for element",
-        "high_of_lane[j], base - base\n    for element",
+        "high[j], low[j] = sums[j] if is_coarse else high[j] - base, sums[j]",
+        "high[j], low[j] = sums[j] if is_coarse else high[j] - base, zero",
         "What the terms of short rows have beyond a digit of the largest is dropped.",
     ),
     Mutant(
