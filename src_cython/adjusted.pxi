@@ -189,6 +189,7 @@ cdef void copy_adjusted_strip(
         while i < n_columns * size:
             prefetch(place + PREFETCH_ROWS * source.x_stride + i)
             i += LINE_BYTES
+        prefetch(place + PREFETCH_ROWS * source.x_stride + n_columns * size - 1)
         if is_converted(source.storage, like):
             read_elements(place, size, converted, n_columns, source.storage)
             place, storage = <const char*>converted, AS_COMPUTED

@@ -106,6 +106,9 @@ cdef inline void copy_stored_tiles(
     for t in range(count):
         targets[t], tops[t], bottoms[t] = tiles + t * tile_size, splat(-INFINITY, like), splat(INFINITY, like)
     for element in range(n):
+        # Rows that are no multiple of a line apart end in one line more: (64, 100, 1000) float32 on axis 1 take 2.4 ms
+        # instead of 2.8, with that of the output.
+        prefetch(x + PREFETCH_ROWS * x_stride + count * step - 1)
         for t in range(count):
             prefetch(x + PREFETCH_ROWS * x_stride + t * step)
             value = load_stored(x + t * step, n_rows, splat(-INFINITY, like), storage)

@@ -225,12 +225,13 @@ cdef inline void fold_lanes(
     cdef vec[TOGETHER] terms, top, high, low, earlier
     cdef vec zero = splat(0.0, reference), base = zero if apart or arithmetic == COARSE else sum_base(n, reference)
     cdef Py_ssize_t element = first, end_of_run = first + RUN * lanes(reference)
+    cdef Upcoming own = upcoming[0]
     cdef int j
     for j in range(count):
         top[j], high[j], low[j], earlier[j] = splat(-INFINITY, reference), base, zero, zero
     while element + count <= n:
         fold_registers(tile + element, terms, count, top, high, low, apart, arithmetic, reference, 0, 1)
-        fetch(upcoming, count)
+        fetch(&own, count)
         for j in range(count):
             if keep:
                 tile[element + j] = terms[j]
@@ -245,13 +246,14 @@ cdef inline void fold_lanes(
     for j in range(count):
         if element + j < n:  # in the last row of lanes, which is shorter
             fold_registers(tile + element + j, terms, 1, top + j, high + j, low + j, apart, arithmetic, reference, 0, 1)
-            fetch(upcoming, 1)
+            fetch(&own, 1)
             if keep:
                 tile[element + j] = terms[0]
         if arithmetic == COARSE:
             highs[j], lows[j] = earlier[j] + high[j], zero
         else:
             tops[j], highs[j], lows[j] = top[j], high[j] - base, earlier[j] + low[j]
+    upcoming[0] = own
 
 
 cdef void sum_tile(
@@ -490,6 +492,8 @@ cdef inline void write_whole_tiles_by(
             values[t] = sources[t][element]
             if is_fetched and not streaming:
                 prefetch(y + PREFETCH_LINES * y_stride + t * step)
+        if is_fetched and not streaming:
+            prefetch(y + PREFETCH_LINES * y_stride + count * step - 1)
         finish(values, min(count, <int>GROUP), kind, references, finishers, 1, has_ties)
         if count > GROUP:
             finish(
