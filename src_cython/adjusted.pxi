@@ -28,6 +28,7 @@ cdef struct AdjustedRow:
     double largest
     Py_ssize_t top  # the index of the first element that is the largest
     double row_offset
+    double smallest
     State total
     Scale scale
 
@@ -336,12 +337,17 @@ cdef inline vec* place_of_results(
     return <vec*>at(<const vec*>row.y, first) if call.is_written_directly else <vec*>scratch
 
 
-cdef inline void note_largest(AdjustedRow* row, const vec* x, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    cdef double largest = lane(largest_lane(lane_maxima(x, n)), 0)
+cdef inline void note_extremes(
+    const AdjustedCall* call, AdjustedRow* row, const vec* x, Py_ssize_t first, Py_ssize_t n
+) noexcept nogil:
+    cdef vec smallest
+    cdef double largest = lane(largest_lane(lane_extremes(x, n, &smallest)), 0)
     if largest > row.largest:
         row.largest = largest
         row.top = first + find_largest(x, n, largest)
         row.is_divided = largest < INFINITY
+    smallest = counted_smallest(x, n, smallest, splat(row.largest, x), call.job.adjusted.temperature.value)
+    row.smallest = min(row.smallest, smallest_lane(smallest))
 
 
 cdef inline void fold_part(
@@ -349,6 +355,7 @@ cdef inline void fold_part(
 ) noexcept nogil:
     cdef vec[DIVISOR] divisor
     cdef bint apart = call.job.function != SOFTMAX
+    cdef vec smallest = splat(INFINITY, x)
     cdef State state
     if row.is_divided:
         make_divisor(&call.job.adjusted.temperature, splat(row.largest, x), divisor)
@@ -357,7 +364,8 @@ cdef inline void fold_part(
         if not apart:
             state.maximum = 0.0
     else:
-        state = fold_chunk(x, <vec*>NULL, n, False, apart, False, row.row_offset)
+        state = fold_chunk(x, <vec*>NULL, n, False, apart, False, row.row_offset, &smallest)
+        row.smallest = min(row.smallest, smallest_lane(smallest))
     if first == 0:
         row.total, row.row_offset = state, state.offset
     else:
@@ -368,7 +376,7 @@ cdef inline void end_fold(const AdjustedCall* call, AdjustedRow* row, const vec*
     """Find what finishes a row; write logsumexp, which is all there is."""
     cdef Function function = call.job.function
     cdef vec log_high, log_low
-    cdef double result
+    cdef double result, temperature = call.job.adjusted.temperature.value if row.is_divided else 1.0
     row.total = within_range(row.total, like)
     if function == SOFTMAX and row.is_divided:
         row.scale = scale_of_divided(row.total, like)
@@ -383,6 +391,10 @@ cdef inline void end_fold(const AdjustedCall* call, AdjustedRow* row, const vec*
             result = logsumexp_of_divided(
                 row.largest, lane(log_high, 0), lane(log_low, 0), &call.job.adjusted.temperature)
         store_stored(row.y, splat(result, like), 1, call.job.storage)
+    if function == SOFTMAX:
+        row.scale.is_mended = is_below_mended(
+            splat(row.smallest, like), splat(row.largest if row.is_divided else row.total.maximum, like),
+            total_size(&call.job.row), temperature)
 
 
 cdef inline void write_part(
@@ -396,6 +408,8 @@ cdef inline void write_part(
         make_divisor(&call.job.adjusted.temperature, splat(row.largest, x), divisor)
     if of_softmax and not is_regular(row.total):
         fill_nan(y, n)
+    elif of_softmax and row.is_divided and row.scale.is_mended:
+        write_divided_probabilities(x, y, n, divisor, row.scale)
     elif of_softmax and row.is_divided:
         fold_divided(x, y, n, True, n, divisor)
         write_chunk(SCALE, y, y, n, reference, row.scale, streaming)
@@ -418,10 +432,10 @@ cdef void run_long_adjusted_row(const AdjustedCall* call, AdjustedRow* row, vec*
     """Run a row of more than a chunk."""
     cdef Py_ssize_t n = total_size(&call.job.row), length = chunk_length(<const vec*>logits), first = 0, size
     cdef const vec* x
-    row.is_divided, row.largest, row.top, row.row_offset = False, -INFINITY, 0, 0.0
+    row.is_divided, row.largest, row.top, row.row_offset, row.smallest = False, -INFINITY, 0, 0.0, INFINITY
     while first < n and call.job.adjusted.is_divided:
         size = min(length, n - first)
-        note_largest(row, collect_row(call, row, first, size, logits), first, size)
+        note_extremes(call, row, collect_row(call, row, first, size, logits), first, size)
         first += size
     first = 0
     while first < n:

@@ -154,7 +154,8 @@ cdef void fold_band(
         size = min(length, rows.n - first)
         chunks = read_band(rows, band, first, size, scratch)
         for row in range(band.count):
-            state = fold_chunk(row_of_band(rows, chunks, row), <vec*>NULL, size, False, apart, False, row_offsets[row])
+            state = fold_chunk(row_of_band(rows, chunks, row), <vec*>NULL, size, False, apart, False, row_offsets[row],
+                <vec*>NULL)
             if first == 0 and totals[row].offset == -INFINITY:
                 row_offsets[row] = state.offset
             totals[row] = merge(totals[row], state, apart)

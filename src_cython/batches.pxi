@@ -224,6 +224,43 @@ cdef inline void spread_finishers(const vec* finishers, int row, vec* own) noexc
         own[i] = splat(get(finishers + i, row), finishers)
 
 
+cdef inline bint find_to_mend(
+    const vec** x, int n_rows, Py_ssize_t n, const vec* smallest, const vec* largest, double temperature, bint* is_mended
+) noexcept nogil:
+    """Whether any of some rows has probabilities that are to be mended, and which."""
+    cdef bint any_mended = False
+    cdef vec lowest = smallest[0]
+    cdef int row
+    for row in range(1, n_rows):
+        lowest = minimum(smallest[row], lowest)
+    if not is_far_below(lowest, largest_lane(load_first(largest, n_rows, splat(-INFINITY, largest))), temperature):
+        return False
+    for row in range(n_rows):
+        is_mended[row] = needs_mending(
+            x[row], n, smallest[row], splat(get(largest, row), largest), n, temperature)
+        any_mended = any_mended or is_mended[row]
+    return any_mended
+
+
+cdef inline void write_mended_rows(
+    const vec** x, const vec** sources, vec** y, int n_rows, Py_ssize_t n, bint keep, const bint* is_mended,
+    const vec* references, const vec* finishers, bint streaming
+) noexcept nogil:
+    """`write_rows` where some rows have probabilities that are to be mended."""
+    cdef vec[REFERENCE] reference
+    cdef Scale scale
+    cdef int row
+    for row in range(n_rows):
+        reference_of(references, row, reference)
+        scale = scale_in_lane(finishers, row)
+        if is_mended[row]:
+            write_mended(x[row], y[row], n, reference, scale, streaming)
+        elif keep:
+            write_chunk(SCALE, sources[row], y[row], n, reference, scale, streaming)
+        else:
+            write_chunk(EXP_SCALE, x[row], y[row], n, reference, scale, streaming)
+
+
 cdef inline void write_rows(
     Finish kind, const vec** sources, vec** y, int n_rows, Py_ssize_t n, const vec* references, const vec* finishers,
     bint streaming
@@ -256,13 +293,17 @@ cdef void run_rows(
     cdef vec[MAX_LANES] smallest
     cdef vec largest, high, low, log_high, log_low
     cdef bint keep = function == SOFTMAX and exponentials != RECOMPUTE
+    cdef bint[MAX_LANES] is_mended
     cdef int row
     find_batch_references(x, n_rows, n, has_zero, references, &largest, smallest)
     fold_batch(
         x, terms, n_rows, n, keep, function != SOFTMAX, has_zero, <const vec*>smallest, references, largest, &high, &low)
     if function == SOFTMAX:
         normalize_rows(largest, high, low, references, finishers)
-        if keep:
+        if find_to_mend(x, n_rows, n, <const vec*>smallest, &largest, 1.0, is_mended):
+            write_mended_rows(
+                x, <const vec**>terms, y, n_rows, n, keep, is_mended, references, finishers, streaming)
+        elif keep:
             write_rows(SCALE, <const vec**>terms, y, n_rows, n, references, finishers, streaming)
         else:
             write_rows(EXP_SCALE, x, y, n_rows, n, references, finishers, streaming)

@@ -431,9 +431,9 @@ cdef void logsumexp_vjp_row(
         size = min(length, n - first)
         source = piece(call, x, &call.row, first, size, scratch)
         if is_one_chunk:
-            total = fold_chunk(source, terms, size, True, False, False, row_offset)
+            total = fold_chunk(source, terms, size, True, False, False, row_offset, <vec*>NULL)
         else:
-            state = fold_chunk(source, <vec*>NULL, size, False, False, False, row_offset)
+            state = fold_chunk(source, <vec*>NULL, size, False, False, False, row_offset, <vec*>NULL)
             if first == 0:
                 total, row_offset = state, state.offset
             else:

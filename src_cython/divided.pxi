@@ -158,6 +158,21 @@ cdef inline void fold_divided_parts(
         highs[j * step] = total
 
 
+cdef inline void divided_probabilities(
+    vec* v, int count, const vec* divisor, const vec* finishers
+) noexcept nogil:
+    """Make probabilities of `count` registers of logits, in place, and mend the smallest."""
+    cdef vec[GROUP] heads, factors, rests
+    cdef vec term, probability
+    cdef int j
+    divided_parts(v, heads, factors, rests, count, divisor)
+    for j in range(count):
+        term = times_plus(factors[j], rests[j], heads[j])
+        probability = product(term, finishers[FACTOR], finishers[FACTOR_LOW])
+        probability = where_at_most(finishers[LIMIT], probability, finishers[SHARE], probability)
+        v[j] = mended(probability, term, times_plus(factors[j], rests[j], heads[j] - term), finishers)
+
+
 cdef inline double exponent_of_divided(const vec* like) noexcept nogil:
     """What terms are relative to: that of the maximum is where `reference_at` would have it."""
     return by_type(-64.0, -100.0, like)
@@ -198,33 +213,40 @@ cdef inline double logsumexp_of_divided(
 
 
 cdef inline void fold_divided_elements(
-    const vec* x, vec* terms, Py_ssize_t n, bint keep, Py_ssize_t left_out, const vec* divisor, vec* high, vec* low
+    const vec* x, vec* terms, Py_ssize_t n, bint keep, bint apart, Py_ssize_t left_out, const vec* divisor, vec* high,
+    vec* low
 ) noexcept nogil:
-    """The sums of the lanes over a chunk, of softmax with its terms, or but for an element."""
+    """The sums of the lanes over a chunk, with its terms if they are kept; or apart, but for an element."""
     cdef vec zero = splat(0.0, x)
     cdef Py_ssize_t block = GROUP * lanes(x), i = 0
     high[0] = low[0] = zero
-    if keep:
+    if not apart:
         high[0] = sum_base(n, x)
     while i + block <= n:
         if keep:
-            fold_divided_group(at(x, i), <vec*>at(<const vec*>terms, i), block, True, True, -1, divisor, high, low)
+            fold_divided_group(
+                at(x, i), <vec*>at(<const vec*>terms, i), block, True, True, False, -1, divisor, high, low)
+        elif not apart:
+            fold_divided_group(at(x, i), <vec*>NULL, block, True, False, False, -1, divisor, high, low)
         elif i <= left_out < i + block:
-            fold_divided_group(at(x, i), <vec*>NULL, block, True, False, left_out - i, divisor, high, low)
+            fold_divided_group(at(x, i), <vec*>NULL, block, True, False, True, left_out - i, divisor, high, low)
         else:
-            fold_divided_group(at(x, i), <vec*>NULL, block, True, False, -1, divisor, high, low)
+            fold_divided_group(at(x, i), <vec*>NULL, block, True, False, True, -1, divisor, high, low)
         i += block
     if i < n and keep:
-        fold_divided_group(at(x, i), <vec*>at(<const vec*>terms, i), n - i, False, True, -1, divisor, high, low)
+        fold_divided_group(
+            at(x, i), <vec*>at(<const vec*>terms, i), n - i, False, True, False, -1, divisor, high, low)
+    elif i < n and not apart:
+        fold_divided_group(at(x, i), <vec*>NULL, n - i, False, False, False, -1, divisor, high, low)
     elif i < n:
-        fold_divided_group(at(x, i), <vec*>NULL, n - i, False, False, left_out - i, divisor, high, low)
-    if keep:
+        fold_divided_group(at(x, i), <vec*>NULL, n - i, False, False, True, left_out - i, divisor, high, low)
+    if not apart:
         high[0] = high[0] - sum_base(n, x)
 
 
 cdef inline void fold_divided_group(
-    const vec* x, vec* terms, Py_ssize_t n, bint is_whole, bint keep, Py_ssize_t left_out, const vec* divisor, vec* high,
-    vec* low
+    const vec* x, vec* terms, Py_ssize_t n, bint is_whole, bint keep, bint apart, Py_ssize_t left_out, const vec* divisor,
+    vec* high, vec* low
 ) noexcept nogil:
     """Fold a group of registers with n elements; one of them may be left out."""
     cdef vec[GROUP] logits, heads, factors, rests, group
@@ -235,7 +257,7 @@ cdef inline void fold_divided_group(
     if 0 <= left_out < GROUP * lanes(x):
         put(heads, left_out, 0.0)
         put(factors, left_out, 0.0)
-    fold_divided_parts(heads, factors, rests, group, GROUP, not keep, high, low, 0)
+    fold_divided_parts(heads, factors, rests, group, GROUP, apart, high, low, 0)
     for j in range(GROUP):
         if keep and is_whole:
             store(terms + j, group[j])
@@ -252,7 +274,7 @@ cdef State fold_divided(
     """
     cdef vec high, low
     cdef int distance = lanes(x) // 2
-    fold_divided_elements(x, terms, n, keep, left_out, divisor, &high, &low)
+    fold_divided_elements(x, terms, n, keep, not keep, left_out, divisor, &high, &low)
     while distance:
         accumulate(&high, &low, swap(high, distance), swap(low, distance))
         distance //= 2
@@ -283,6 +305,24 @@ cdef void write_divided_logs(const vec* x, vec* y, Py_ssize_t n, const vec* divi
         i += GROUP
 
 
+cdef void write_divided_probabilities(
+    const vec* x, vec* y, Py_ssize_t n, const vec* divisor, Scale scale
+) noexcept nogil:
+    """Write probabilities of n elements, some of which are to be mended."""
+    cdef vec[FINISHERS] finishers
+    cdef vec[GROUP] v
+    cdef Py_ssize_t width = lanes(x), i = 0
+    cdef int j
+    spread_scale(scale, finishers)
+    while i * width < n:
+        for j in range(GROUP):
+            v[j] = load_within(x, i + j, n)
+        divided_probabilities(v, GROUP, divisor, finishers)
+        for j in range(GROUP):
+            store_within(y, i + j, n, v[j])
+        i += GROUP
+
+
 cdef Py_ssize_t find_largest(const vec* x, Py_ssize_t n, double largest) noexcept nogil:
     """The index of the first element that is the largest."""
     cdef Py_ssize_t block = GROUP * lanes(x), first = 0
@@ -301,27 +341,31 @@ cdef void run_divided_rows(
     bint streaming
 ) noexcept nogil:
     """`run_rows` for rows divided by a temperature; for softmax, terms wait in `terms`."""
-    cdef vec[MAX_LANES] tops, highs, lows
+    cdef vec[MAX_LANES] tops, smallest, highs, lows
     cdef vec[REFERENCE] reference
     cdef vec[FINISHERS] finishers
     cdef vec[DIVISOR] divisor
+    cdef bint[MAX_LANES] is_mended
     cdef vec zero = splat(0.0, reference), largest, log_high, log_low, log_sums
     cdef bint apart = function != SOFTMAX
     cdef double top
     cdef int row
     make_divided_reference(reference)
     for row in range(lanes(<const vec*>reference)):
-        tops[row] = lane_maxima(x[row], n) if row < n_rows else zero
+        tops[row] = lane_extremes(x[row], n, &smallest[row]) if row < n_rows else zero
         highs[row] = lows[row] = zero
+        is_mended[row] = False
     transpose(tops)
     largest = tops[0]
     for row in range(1, lanes(<const vec*>reference)):
         largest = maximum(largest, tops[row])
+    if not apart:
+        find_to_mend(x, n_rows, n, <const vec*>smallest, &largest, temperature.value, is_mended)
     for row in range(n_rows):
         top = get(&largest, row)
         make_divisor(temperature, splat(top, reference), divisor)
         fold_divided_elements(
-            x[row], terms[row], n, not apart, find_largest(x[row], n, top) if apart and fabs(top) < INFINITY else n,
+            x[row], terms[row], n, not apart and not is_mended[row], apart, find_largest(x[row], n, top) if apart and fabs(top) < INFINITY else n,
             divisor, &highs[row], &lows[row])
     transpose(highs)
     transpose(lows)
@@ -334,7 +378,10 @@ cdef void run_divided_rows(
     else:
         normalize_rows(quotient_of(largest), highs[0], lows[0], reference, finishers)
     for row in range(n_rows):
-        if function == SOFTMAX:
+        if is_mended[row]:
+            make_divisor(temperature, splat(get(&largest, row), reference), divisor)
+            write_divided_probabilities(x[row], y[row], n, divisor, scale_in_lane(<const vec*>finishers, row))
+        elif function == SOFTMAX:
             write_chunk(
                 SCALE, terms[row], y[row], n, reference, scale_in_lane(<const vec*>finishers, row), streaming)
         elif function == LOG_SOFTMAX:
@@ -360,52 +407,53 @@ cdef inline vec first_places(const vec* tile, Py_ssize_t n, vec largest) noexcep
 
 
 cdef void fold_divided_tile(
-    vec* tile, Py_ssize_t n, bint keep, vec left_out, const vec* divisor, vec* high, vec* low
+    vec* tile, Py_ssize_t n, bint keep, bint apart, vec left_out, const vec* divisor, vec* high, vec* low
 ) noexcept nogil:
-    """The sums of the rows of a tile, but for an element of each; with `keep`, terms take the place of the elements."""
+    """The sums of the rows of a tile, apart but for an element of each; with `keep`, terms take the place of the elements."""
     cdef vec[MAX_LANES] highs, lows
     cdef int n_lanes = lanes_with_elements(n, divisor), l = 0
     while l + TOGETHER <= n_lanes:
         if keep:
-            fold_divided_lanes(tile, l, TOGETHER, n, True, left_out, divisor, highs + l, lows + l)
+            fold_divided_lanes(tile, l, TOGETHER, n, True, False, left_out, divisor, highs + l, lows + l)
         else:
-            fold_divided_lanes(tile, l, TOGETHER, n, False, left_out, divisor, highs + l, lows + l)
+            fold_divided_lanes(tile, l, TOGETHER, n, False, apart, left_out, divisor, highs + l, lows + l)
         l += TOGETHER
     while l < n_lanes:
-        fold_divided_lanes(tile, l, 1, n, keep, left_out, divisor, highs + l, lows + l)
+        fold_divided_lanes(tile, l, 1, n, keep, apart, left_out, divisor, highs + l, lows + l)
         l += 1
     merge_lanes(<const vec*>NULL, left_out, n_lanes, False, <const vec*>NULL, highs, lows)
     high[0], low[0] = highs[0], lows[0]
 
 
 cdef inline void fold_divided_lanes(
-    vec* tile, int first, int count, Py_ssize_t n, bint keep, vec left_out, const vec* divisor, vec* highs, vec* lows
+    vec* tile, int first, int count, Py_ssize_t n, bint keep, bint apart, vec left_out, const vec* divisor, vec* highs,
+    vec* lows
 ) noexcept nogil:
-    cdef vec base = sum_base(n, divisor) if keep else splat(0.0, divisor)
+    cdef vec base = splat(0.0, divisor) if apart else sum_base(n, divisor)
     cdef Py_ssize_t element = first
     cdef int j
     for j in range(count):
         highs[j], lows[j] = base, splat(0.0, divisor)
     while element + count <= n:
-        fold_divided_registers(tile, element, count, keep, left_out, divisor, highs, lows)
+        fold_divided_registers(tile, element, count, keep, apart, left_out, divisor, highs, lows)
         element += lanes(divisor)
     for j in range(count):
         if element + j < n:  # in the last row of lanes, which is shorter
-            fold_divided_registers(tile, element + j, 1, keep, left_out, divisor, highs + j, lows + j)
+            fold_divided_registers(tile, element + j, 1, keep, apart, left_out, divisor, highs + j, lows + j)
         highs[j] = highs[j] - base
 
 
 cdef inline void fold_divided_registers(
-    vec* tile, Py_ssize_t element, int count, bint keep, vec left_out, const vec* divisor, vec* highs, vec* lows
+    vec* tile, Py_ssize_t element, int count, bint keep, bint apart, vec left_out, const vec* divisor, vec* highs, vec* lows
 ) noexcept nogil:
     cdef vec[TOGETHER] heads, factors, rests, terms
     cdef int j
     divided_parts(tile + element, heads, factors, rests, count, divisor)
     for j in range(count):
-        if not keep:
+        if apart:
             heads[j] = where_nonzero(left_out - splat(element + j, divisor), heads[j])
             factors[j] = where_nonzero(left_out - splat(element + j, divisor), factors[j])
-    fold_divided_parts(heads, factors, rests, terms, count, not keep, highs, lows, 1)
+    fold_divided_parts(heads, factors, rests, terms, count, apart, highs, lows, 1)
     for j in range(count):
         if keep:
             tile[element + j] = terms[j]
@@ -413,15 +461,15 @@ cdef inline void fold_divided_registers(
 
 cdef void reduce_divided_tiles(
     vec* tiles, Py_ssize_t tile_size, const Columns* columns, Py_ssize_t n, Function function,
-    const Temperature* temperature, const vec* all_largest, vec* finishers, vec* y
+    const Temperature* temperature, const vec* smallest, const vec* all_largest, vec* finishers, vec* y
 ) noexcept nogil:
-    """`reduce_tiles` for rows divided by a temperature; logits become log-probabilities here."""
+    """`reduce_tiles` for rows divided by a temperature; logits become log-probabilities here, or mended probabilities."""
     cdef vec[DIVISOR] divisor
     cdef vec[REFERENCE] reference
     cdef vec zero = splat(0.0, tiles), largest, quotient, high, low, log_high, log_low
     cdef vec* tile
     cdef Py_ssize_t element
-    cdef bint apart = function != SOFTMAX
+    cdef bint apart = function != SOFTMAX, is_mended
     cdef int t, row
     make_divided_reference(reference)
     for t in range(columns.n_tiles):
@@ -429,10 +477,12 @@ cdef void reduce_divided_tiles(
         largest = all_largest[t]
         quotient = quotient_of(largest)
         make_divisor(temperature, largest, divisor)
+        is_mended = not apart and any_tile_to_mend(
+            <const vec*>tile, n, 1, n, False, smallest + t, &largest, temperature.value)
         if apart:
-            fold_divided_tile(tile, n, False, first_places(tile, n, largest), divisor, &high, &low)
+            fold_divided_tile(tile, n, False, True, first_places(tile, n, largest), divisor, &high, &low)
         else:
-            fold_divided_tile(tile, n, True, zero, divisor, &high, &low)
+            fold_divided_tile(tile, n, not is_mended, False, zero, divisor, &high, &low)
         if has_infinite_lane(largest):
             for row in range(columns.count[t]):
                 if fabs(get(&largest, row)) == INFINITY:
@@ -441,6 +491,9 @@ cdef void reduce_divided_tiles(
                         infinite_state(get(&largest, row), row_of_tile_has_nan(tile, n, row), apart))
         if function == SOFTMAX:
             normalize_rows(quotient, high, low, reference, finishers + t * FINISHERS)
+            if is_mended:
+                finish_divided_tile(tile, n, divisor, finishers + t * FINISHERS)
+                make_unit_finishers(finishers + t * FINISHERS)
             continue
         log_sums_of(quotient, high, low, reference, &log_high, &log_low)
         if function == LOGSUMEXP:
@@ -454,6 +507,19 @@ cdef void reduce_divided_tiles(
         finishers[t * FINISHERS + FACTOR] = finishers[t * FINISHERS + FACTOR_LOW] = zero
 
 
+cdef void finish_divided_tile(vec* tile, Py_ssize_t n, const vec* divisor, const vec* finishers) noexcept nogil:
+    """Make probabilities of the logits of a tile, and mend the smallest."""
+    cdef Py_ssize_t element
+    for element in range(n):
+        divided_probabilities(tile + element, 1, divisor, finishers)
+
+
+cdef inline void make_unit_finishers(vec* finishers) noexcept nogil:
+    """What leaves finished elements as they are."""
+    finishers[FACTOR], finishers[FACTOR_LOW] = splat(1.0, finishers), splat(0.0, finishers)
+    finishers[LIMIT], finishers[SHARE] = splat(INFINITY, finishers), splat(0.0, finishers)
+
+
 cdef void run_long_divided_strip(
     const StripSource* source, void* y, Py_ssize_t y_stride, const Columns* columns, Py_ssize_t n, const Job* job,
     vec* tiles, vec* log_sums
@@ -462,15 +528,17 @@ cdef void run_long_divided_strip(
     cdef const vec* like = tiles
     cdef Py_ssize_t length = chunk_length(like), tile_size = tile_registers(n, like), first = 0, size, element
     cdef State[MAX_TILES * MAX_LANES] totals
-    cdef vec[FINISHERS * MAX_TILES] finishers
+    cdef vec[FINISHERS * MAX_TILES] finishers, units
     cdef vec[DIVISOR] divisor
-    cdef vec[MAX_TILES] largest, is_left, tops, bottoms
+    cdef vec[MAX_TILES] smallest, largest, is_left, tops, bottoms
     cdef vec zero = splat(0.0, like), places, high, low
-    cdef bint apart = job.function != SOFTMAX
+    cdef bint apart = job.function != SOFTMAX, is_mended = False
+    cdef const vec* own = finishers
     cdef int t, row, i
     cdef vec* tile
     for t in range(columns.n_tiles):
-        largest[t], is_left[t] = splat(-INFINITY, like), splat(1.0, like)
+        smallest[t], largest[t], is_left[t] = splat(INFINITY, like), splat(-INFINITY, like), splat(1.0, like)
+        make_unit_finishers(units + t * FINISHERS)
         for row in range(columns.count[t]):
             totals[t * MAX_LANES + row] = identity()
         for i in range(FINISHERS):
@@ -480,6 +548,9 @@ cdef void run_long_divided_strip(
         copy_strip(source, first, columns, size, tiles, tile_size, bottoms, tops)
         for t in range(columns.n_tiles):
             largest[t] = maximum(tops[t], largest[t])
+            smallest[t] = minimum(smallest[t], counted_smallest(
+                <const vec*>tiles + t * tile_size, size * lanes(like), bottoms[t], largest[t],
+                job.adjusted.temperature.value))
         first += size
     first = 0
     while first < n:
@@ -493,7 +564,7 @@ cdef void run_long_divided_strip(
                 places = where_at_most(is_left[t], zero, splat(size, like), places)
                 is_left[t] = where_at_most(splat(size, like), places, is_left[t], zero)
             make_divisor(&job.adjusted.temperature, largest[t], divisor)
-            fold_divided_tile(tile, size, False, places, divisor, &high, &low)
+            fold_divided_tile(tile, size, False, True, places, divisor, &high, &low)
             for row in range(columns.count[t]):
                 merge_divided(
                     &totals[t * MAX_LANES + row], get(&largest[t], row), get(&high, row), get(&low, row),
@@ -501,10 +572,14 @@ cdef void run_long_divided_strip(
                     like)
         first += size
     for t in range(columns.n_tiles):
+        is_mended = is_mended or not apart and is_below_mended(
+            smallest[t], largest[t], n, job.adjusted.temperature.value)
         for row in range(columns.count[t]):
             put_divided_finish(
                 within_range(totals[t * MAX_LANES + row], like), get(&largest[t], row), job.function,
                 &job.adjusted.temperature, row, finishers + t * FINISHERS, log_sums + t)
+    if is_mended:
+        own = units
     first = 0
     while first < n and job.function != LOGSUMEXP:
         size = min(length, n - first)
@@ -512,14 +587,17 @@ cdef void run_long_divided_strip(
         for t in range(columns.n_tiles):
             tile = tiles + t * tile_size
             make_divisor(&job.adjusted.temperature, largest[t], divisor)
-            if job.function == SOFTMAX:
-                fold_divided_tile(tile, size, True, zero, divisor, &high, &low)
+            if is_mended:
+                finish_divided_tile(tile, size, divisor, finishers + t * FINISHERS)
+                continue
+            if not apart:
+                fold_divided_tile(tile, size, True, False, zero, divisor, &high, &low)
                 continue
             for element in range(size):
                 divided_logs(tile + element, tile + element, 1, divisor, log_sums[t])
         finish_tiles(
-            <const vec*>tiles, tile_size, columns, size, job.function, False, <const vec*>finishers,
-            <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
+            <const vec*>tiles, tile_size, columns, size, job.function, False, False, <const vec*>NULL,
+            own, <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         first += size
 
 

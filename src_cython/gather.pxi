@@ -101,9 +101,13 @@ cdef void scatter(
 
 
 cdef State fold_gathered(
-    const void* x, const Dimensions* row, Py_ssize_t n, bint apart, bint has_zero, vec* scratch, Storage storage
+    const void* x, const Dimensions* row, Py_ssize_t n, bint apart, bint has_zero, vec* scratch, Storage storage,
+    vec* smallest
 ) noexcept nogil:
-    """The state of a row; the scratch is left with its last chunk. 16-bit rows whose maximum is not apart are COARSE."""
+    """The state of a row; the scratch is left with its last chunk. 16-bit rows whose maximum is not apart are COARSE.
+
+    `smallest` is as for `fold_chunk`.
+    """
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
     cdef State state, total = identity()
     cdef double row_offset = 0.0
@@ -114,7 +118,7 @@ cdef State fold_gathered(
             state = fold_coarse_chunk(<const vec*>scratch, <vec*>NULL, size, False, has_zero and first == 0)
         else:
             state = fold_chunk(
-                <const vec*>scratch, <vec*>NULL, size, False, apart, has_zero and first == 0, row_offset)
+                <const vec*>scratch, <vec*>NULL, size, False, apart, has_zero and first == 0, row_offset, smallest)
         if first == 0:
             total, row_offset = state, state.offset
         else:
@@ -132,6 +136,7 @@ cdef void softmax_gathered(
     cdef const vec* terms = result if n <= length else NULL  # of a row in one chunk; longer ones are computed again
     cdef bint coarse = storage != AS_COMPUTED
     cdef vec[REFERENCE] reference
+    cdef vec smallest = splat(INFINITY, <const vec*>scratch)
     cdef State total
     cdef Scale scale
     if terms != NULL:
@@ -139,15 +144,16 @@ cdef void softmax_gathered(
         if coarse:
             total = fold_coarse_chunk(<const vec*>scratch, result, n, True, has_zero)
         else:
-            total = fold_chunk(<const vec*>scratch, result, n, True, False, has_zero, 0.0)
+            total = fold_chunk(<const vec*>scratch, result, n, True, False, has_zero, 0.0, &smallest)
     else:
-        total = fold_gathered(x, row, n, False, has_zero, scratch, storage)
+        total = fold_gathered(x, row, n, False, has_zero, scratch, storage, &smallest)
     cdef bint regular = is_regular(total)
     if regular and coarse:
         make_reference(splat(total.offset, scratch), splat(total.exponent, scratch), reference)
         scale = coarse_scale_of(total, <const vec*>scratch)
     elif regular:
         scale = scale_of(total, <const vec*>scratch)
+        scale.is_mended = is_below_mended(smallest, splat(total.maximum, scratch), n, 1.0)
     while first < n:
         size = min(length, n - first)
         if not regular:
@@ -169,7 +175,7 @@ cdef void log_softmax_gathered(
     const void* x, void* y, const Dimensions* row, Py_ssize_t n, vec* scratch, Storage storage
 ) noexcept nogil:
     cdef Py_ssize_t length = chunk_length(<const vec*>scratch), first = 0, size
-    cdef State total = fold_gathered(x, row, n, True, False, scratch, storage)
+    cdef State total = fold_gathered(x, row, n, True, False, scratch, storage, <vec*>NULL)
     cdef Scale scale = log_scale_of(total, <const vec*>scratch)
     while first < n:
         size = min(length, n - first)

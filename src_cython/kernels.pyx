@@ -329,7 +329,7 @@ cdef inline void run_row(
         else:
             log_softmax_row(x, y, n, job.streaming)
     elif job.function == LOGSUMEXP:
-        total = fold_gathered(x, &job.row, n, True, False, scratch, job.storage)
+        total = fold_gathered(x, &job.row, n, True, False, scratch, job.storage, <vec*>NULL)
         store_stored(y, splat(logsumexp_of_state(total, x), y), 1, job.storage)
     elif job.function == SOFTMAX:
         softmax_gathered(x, y, &job.row, n, job.has_zero, scratch, job.storage)
@@ -442,10 +442,13 @@ def addresses():
 cdef void one_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:
     """Softmax of one contiguous row; x and y may be the same."""
     cdef State state
+    cdef char[CHUNK_BYTES + 64] memory  # for terms where they would take the place of logits, which may be needed again
+    cdef char* terms = memory + <Py_ssize_t>(-<uintptr_t>memory % REGISTER_BYTES)
     # Longer rows are recomputed because their states need memory, which a call that cannot fail should not ask for.
-    if n:
-        softmax_row(
-            x, y, n, False, IN_OUTPUT if n <= chunk_length(x) else RECOMPUTE, <vec*>NULL, &state, False)
+    if n > chunk_length(x):
+        softmax_row(x, y, n, False, RECOMPUTE, <vec*>NULL, &state, False)
+    elif n:
+        softmax_row(x, y, n, False, IN_SCRATCH if x == y else IN_OUTPUT, <vec*>terms, &state, False)
 
 
 cdef void one_log_softmax(const vec* x, vec* y, Py_ssize_t n) noexcept nogil:

@@ -30,6 +30,8 @@ cdef extern from "simd.h" nogil:
     f64v f64v_maximum(f64v a, f64v b)
     f32v f32v_minimum(f32v a, f32v b)
     f64v f64v_minimum(f64v a, f64v b)
+    f32v f32v_minimum_above(f32v v, f32v bound, f32v least)
+    f64v f64v_minimum_above(f64v v, f64v bound, f64v least)
     f32v f32v_fused(f32v a, f32v b, f32v c)
     f64v f64v_fused(f64v a, f64v b, f64v c)
     const int F32_POWERS, F64_POWERS, F32_POWERS_LOG2, F64_POWERS_LOG2
@@ -196,6 +198,14 @@ cdef inline vec minimum(vec a, vec b) noexcept nogil:
         return f32v_minimum(a, b)
     else:
         return f64v_minimum(a, b)
+
+
+cdef inline vec minimum_above(vec v, vec bound, vec least) noexcept nogil:
+    """The smaller of v and `least` in the lanes where v > bound, `least` in the others."""
+    if vec is f32v:
+        return f32v_minimum_above(v, bound, least)
+    else:
+        return f64v_minimum_above(v, bound, least)
 
 
 cdef inline vec fused(vec a, vec b, vec c) noexcept nogil:

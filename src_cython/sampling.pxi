@@ -284,7 +284,7 @@ cdef void draw_from_chunk(
     Sampling* call, Py_ssize_t row, int64_t draw, const vec* x, Py_ssize_t n, Py_ssize_t first, Workspace* work
 ) noexcept nogil:
     """Run a list of draws."""
-    fold_chunk(x, <vec*>work.terms, n, True, False, False, 0.0)
+    fold_chunk(x, <vec*>work.terms, n, True, False, False, 0.0, <vec*>NULL)
     draw_from_terms(call, row, draw, <const vec*>work.terms, n, first, work)
 
 
@@ -396,7 +396,7 @@ cdef Candidate* collect_largest(
     while first < call.rows.n:
         size = min(length, call.rows.n - first)
         x = row_of_band(&call.rows, read_band(&call.rows, band, first, size, <vec*>work.chunks), row)
-        state = fold_chunk(x, <vec*>work.terms, size, True, False, False, 0.0)
+        state = fold_chunk(x, <vec*>work.terms, size, True, False, False, 0.0, <vec*>NULL)
         factor = 0.0
         if state.maximum > -INFINITY:
             state.high, state.low = 1.0, 0.0

@@ -138,7 +138,7 @@ cdef void select_from_tiles(
         normalize_rows(largest[t], high[t], low[t], references + t * REFERENCE, finishers)
         j = 0
         while j < k:
-            finish(tops + j, <int>min(<Py_ssize_t>GROUP, k - j), EXP_SCALE, references + t * REFERENCE, finishers, 0, True)
+            finish(tops + j, <int>min(<Py_ssize_t>GROUP, k - j), MENDED_EXP_SCALE, references + t * REFERENCE, finishers, 0, True)
             j += GROUP
         turn(
             tops, REGISTER_BYTES, k, columns.count[t], values, k * itemsize(<const vec*>tops), AS_COMPUTED, AS_COMPUTED,
@@ -166,8 +166,9 @@ cdef void put_nan_of_tile_first(
 
 cdef void write_selected(vec* values, Py_ssize_t k, State total) noexcept nogil:
     """Make the probabilities of selected logits, as those of the whole row are made."""
+    cdef Scale scale = scale_of(total, <const vec*>values)
+    scale.is_mended = True
     if is_regular(total):
-        write_probabilities(
-            <const vec*>values, <const vec*>NULL, values, k, total, total, scale_of(total, <const vec*>values), False)
+        write_probabilities(<const vec*>values, <const vec*>NULL, values, k, total, total, scale, False)
     else:
         fill_nan(values, k)

@@ -347,13 +347,24 @@ static inline f32v f32v_about_reciprocal(f32v v) { return 1 / v; }
 static inline f64v f64v_about_reciprocal(f64v v) { return 1 / v; }
 #endif
 
-/* maximum and minimum return b where either operand is NaN, as the x86 instructions do. */
+/* maximum and minimum return b where either operand is NaN, as the x86 instructions do. minimum_above: the smaller of v
+ * and least where v > bound, else least. */
 #if REGISTER_BYTES == 64
 
 static inline f32v f32v_maximum(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline f64v f64v_maximum(f64v a, f64v b) { return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b); }
 static inline f32v f32v_minimum(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline f64v f64v_minimum(f64v a, f64v b) { return (f64v)_mm512_min_pd((__m512d)a, (__m512d)b); }
+static inline f32v f32v_minimum_above(f32v v, f32v bound, f32v least)
+{
+    return (f32v)_mm512_mask_min_ps(
+        (__m512)least, _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GT_OQ), (__m512)v, (__m512)least);
+}
+static inline f64v f64v_minimum_above(f64v v, f64v bound, f64v least)
+{
+    return (f64v)_mm512_mask_min_pd(
+        (__m512d)least, _mm512_cmp_pd_mask((__m512d)v, (__m512d)bound, _CMP_GT_OQ), (__m512d)v, (__m512d)least);
+}
 static inline int f32v_any_greater(f32v a, f32v b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0; }
 static inline int f64v_any_greater(f64v a, f64v b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0; }
 static inline void f32v_stream(f32v *p, f32v v) { _mm512_stream_ps((float *)p, (__m512)v); }
@@ -405,6 +416,18 @@ static inline void f64v_stream(f64v *p, f64v v) { _mm_stream_pd((double *)p, (__
 DEFINE_COMPARISONS(f32v, u32v)
 DEFINE_COMPARISONS(f64v, u64v)
 
+#endif
+
+#if REGISTER_BYTES != 64
+/* With all its bits set a lane is NaN, which minimum passes over. */
+static inline f32v f32v_minimum_above(f32v v, f32v bound, f32v least)
+{
+    return f32v_minimum((f32v)((u32v)v | (u32v)(v <= bound)), least);
+}
+static inline f64v f64v_minimum_above(f64v v, f64v bound, f64v least)
+{
+    return f64v_minimum((f64v)((u64v)v | (u64v)(v <= bound)), least);
+}
 #endif
 
 /* A register of which only the first `count` lanes are read from or written to memory; `fill` stands in the others.

@@ -17,6 +17,7 @@ cdef struct SplitRow:
     Py_ssize_t n
     double row_offset
     State* states  # one for each chunk
+    double* smallest  # elements that count, one for each chunk
     State total
     Scale scale
     Py_ssize_t n_blocks
@@ -31,10 +32,11 @@ cdef int run_split(Job* job, cnp.ndarray x, cnp.ndarray out, Py_ssize_t n_blocks
     row.exponentials, row.streaming = job.exponentials, job.streaming
     row.is_single, row.n, row.n_blocks = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32, total_size(&job.row), n_blocks
     row.states = <State*>malloc((row.n * itemsize + CHUNK_BYTES - 1) // CHUNK_BYTES * sizeof(State))
+    row.smallest = <double*>malloc((row.n * itemsize + CHUNK_BYTES - 1) // CHUNK_BYTES * sizeof(double))
     cdef bint has_scratch = job.function == SOFTMAX and job.exponentials == IN_SCRATCH
     cdef void* scratch = malloc(row.n * itemsize) if has_scratch else NULL
     try:
-        if row.states == NULL or (has_scratch and scratch == NULL):
+        if row.states == NULL or row.smallest == NULL or (has_scratch and scratch == NULL):
             raise MemoryError("no memory for the scratch of a softmax row")
         for index in range(total_size(&job.kept)):
             locate(&job.kept, index, &x_offset, &y_offset)
@@ -47,6 +49,7 @@ cdef int run_split(Job* job, cnp.ndarray x, cnp.ndarray out, Py_ssize_t n_blocks
                 run_in_parts(write_split_block, &row, &row.first, n_blocks, n_threads)
     finally:
         free(row.states)
+        free(row.smallest)
         free(scratch)
     return 0
 
@@ -77,11 +80,13 @@ cdef void fold_split_block(void* context, Py_ssize_t block) noexcept nogil:
 cdef inline void fold_split_chunks(const vec* x, SplitRow* row, Py_ssize_t block) noexcept nogil:
     cdef Py_ssize_t length = chunk_length(x), n_chunks = (row.n + length - 1) // length, chunk, first
     cdef bint keep = row.function == SOFTMAX and row.exponentials != RECOMPUTE
+    cdef vec smallest
     for chunk in range(n_chunks * block // row.n_blocks, n_chunks * (block + 1) // row.n_blocks):
-        first = chunk * length
+        first, smallest = chunk * length, splat(INFINITY, x)
         row.states[chunk] = fold_chunk(
             at(x, first), <vec*>at(<const vec*>row.terms, first), min(length, row.n - first), keep,
-            row.function != SOFTMAX, row.has_zero and chunk == 0, row.row_offset)
+            row.function != SOFTMAX, row.has_zero and chunk == 0, row.row_offset, &smallest)
+        row.smallest[chunk] = smallest_lane(smallest)
 
 
 cdef void end_split_fold(SplitRow* row) noexcept nogil:
@@ -94,12 +99,16 @@ cdef void end_split_fold(SplitRow* row) noexcept nogil:
 cdef inline void merge_split_row(vec* y, SplitRow* row) noexcept nogil:
     """Merge the states of the chunks, and find what finishes the row; write logsumexp, which is all there is."""
     cdef Py_ssize_t length = chunk_length(<const vec*>y), chunk
+    cdef double smallest = row.smallest[0]
     row.total = row.states[0]
     for chunk in range(1, (row.n + length - 1) // length):
         row.total = merge(row.total, row.states[chunk], row.function != SOFTMAX)
+        smallest = min(smallest, row.smallest[chunk])
     row.total = within_range(row.total, <const vec*>y)
     if row.function == SOFTMAX:
         row.scale = scale_of(row.total, <const vec*>y)
+        row.scale.is_mended = is_below_mended(
+            splat(smallest, <const vec*>y), splat(row.total.maximum, <const vec*>y), row.n, 1.0)
     elif row.function == LOG_SOFTMAX:
         row.scale = log_scale_of(row.total, <const vec*>y)
     else:

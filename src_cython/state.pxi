@@ -52,6 +52,15 @@ cdef enum Arithmetic:
     COARSE    # for results of 16 bits: to 2**-18
 
 
+# What makes a probability of a term: four registers, with a value for each lane.
+cdef enum:
+    FACTOR      # 1 / sum = FACTOR + FACTOR_LOW
+    FACTOR_LOW
+    LIMIT       # probabilities from here on are SHARE
+    SHARE
+    FINISHERS   # registers
+
+
 # What terms are relative to: exp(x - offset) * 2**-exponent. Three registers, with a value for each lane.
 cdef enum:
     OFFSET
@@ -303,10 +312,37 @@ cdef inline vec product(vec v, vec factor, vec factor_low) noexcept nogil:
     """v * (factor + factor_low), rounded once: the product of a row's only term and the reciprocal of its sum is 1."""
     if HAS_FMA:
         return fused(v, factor, v * factor_low)
-    # The detour by 2**64 keeps parts from underflowing where the result is near the smallest normal number.
-    cdef vec raised = factor * splat(2.0**64, &v), rounded = v * raised
-    rounded = rounded + (product_error(v, raised, rounded) + v * (factor_low * splat(2.0**64, &v)))
+    cdef vec raise_by = splat(2.0**64, &v)
+    return raised_product(v, factor * raise_by, v * (factor_low * raise_by))
+
+
+cdef inline vec raised_product(vec v, vec raised, vec low) noexcept nogil:
+    """(v * raised + low) * 2**-64: the detour keeps parts from underflowing where the result is a very small number."""
+    cdef vec rounded = fused(v, raised, low) if HAS_FMA else v * raised
+    if not HAS_FMA:
+        rounded = rounded + (product_error(v, raised, rounded) + low)
     return rounded * splat(2.0**-64, &v)
+
+
+cdef inline vec mended(vec probability, vec term, vec residual, const vec* finishers) noexcept nogil:
+    """A probability from its term and what rounding took from that, where it is below `mending_edge` and not 0.
+
+    Of terms and products that are rounded before it, a subnormal one is up to 1.3 of its steps off; it is 0.8 then.
+    """
+    cdef vec raise_by = splat(2.0**64, &term), factor = finishers[FACTOR] * raise_by, edge = mending_edge(finishers)
+    cdef vec low = times_plus(term, finishers[FACTOR_LOW] * raise_by, residual * factor)
+    return where_at_most(
+        edge, not_zero(probability), probability, minimum(edge, raised_product(term, factor, low)))
+
+
+cdef inline vec mending_edge(const vec* like) noexcept nogil:
+    """Twice the smallest normal number, lest a subnormal result be rounded to a normal one."""
+    return splat(by_type(2.0**-125, 2.0**-1021, like), like)
+
+
+cdef inline vec not_zero(vec probability) noexcept nogil:
+    """A probability, or `mending_edge` for 0."""
+    return where_at_most(probability, splat(0.0, &probability), mending_edge(&probability), probability)
 
 
 cdef inline State identity() noexcept nogil:
@@ -431,15 +467,6 @@ cdef inline void add(State* state, double term) noexcept nogil:
     cdef double total = state.high + term, term_seen = total - state.high
     state.low += (state.high - (total - term_seen)) + (term - term_seen)
     state.high = total
-
-
-# What makes a probability of a term: four registers, with a value for each lane.
-cdef enum:
-    FACTOR      # 1 / sum = FACTOR + FACTOR_LOW
-    FACTOR_LOW
-    LIMIT       # probabilities from here on are SHARE
-    SHARE
-    FINISHERS   # registers
 
 
 cdef inline void normalize(vec largest, vec high, vec low, const vec* reference, vec* finishers) noexcept nogil:
@@ -572,20 +599,40 @@ cdef struct Scale:  # the finishers of one row
     double factor_low
     double limit
     double share
+    bint is_mended  # whether some probabilities of the row are to be mended
+
+
+cdef inline bint is_below_mended(vec smallest, vec largest, double n, double temperature) noexcept nogil:
+    """Whether rows of n with these maxima may have probabilities below `mending_edge`, where these are the smallest
+    logits."""
+    # No sum is more than n + 1 times the largest term, or twice the power of two in that.
+    cdef vec bits = binary_exponent(splat(n + 1.0, &largest)) - splat(by_type(123.98, 1019.98, &largest), &largest)
+    return any_greater(largest + bits * splat(LN2 * temperature, &largest) + spacing_above(largest), smallest)
+
+
+cdef inline vec spacing_above(vec v) noexcept nogil:
+    """At least what lies between numbers of this size."""
+    return maximum(v, splat(0.0, &v) - v) * splat(by_type(2.0**-23, 2.0**-52, &v), &v)
 
 
 cdef inline Scale scale_by(double factor, double factor_low) noexcept nogil:
     cdef Scale scale
     scale.factor, scale.factor_low, scale.limit, scale.share = factor, factor_low, INFINITY, 0.0
+    scale.is_mended = False
     return scale
 
 
 cdef inline Scale scale_in_lane(const vec* finishers, int row) noexcept nogil:
     """The finishers of one of several rows."""
-    cdef Scale scale
-    scale.factor, scale.factor_low = get(finishers + FACTOR, row), get(finishers + FACTOR_LOW, row)
+    cdef Scale scale = scale_by(get(finishers + FACTOR, row), get(finishers + FACTOR_LOW, row))
     scale.limit, scale.share = get(finishers + LIMIT, row), get(finishers + SHARE, row)
     return scale
+
+
+cdef inline void spread_scale(Scale scale, vec* finishers) noexcept nogil:
+    """The finishers of one row in every lane."""
+    finishers[FACTOR], finishers[FACTOR_LOW] = splat(scale.factor, finishers), splat(scale.factor_low, finishers)
+    finishers[LIMIT], finishers[SHARE] = splat(scale.limit, finishers), splat(scale.share, finishers)
 
 
 cdef inline void put_scale(vec* finishers, int row, Scale scale) noexcept nogil:

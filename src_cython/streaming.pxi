@@ -101,6 +101,8 @@ cdef void write_normalized(const Streaming* call, const Band* band, vec* scratch
     cdef State[MAX_NARROW_COLUMNS] totals
     cdef double[MAX_NARROW_COLUMNS] log_sums
     cdef Scale[MAX_NARROW_COLUMNS] scales
+    cdef vec smallest
+    cdef double largest
     cdef const vec* chunks
     cdef const vec* logits
     cdef vec* y
@@ -120,9 +122,15 @@ cdef void write_normalized(const Streaming* call, const Band* band, vec* scratch
         for row in range(band.count):
             logits = row_of_band(&call.rows, chunks, row)
             shares = row_of_band(&call.rows, <const vec*>y, row)
+            largest = lane(largest_lane(lane_extremes(logits, size, &smallest)), 0)
             if not is_regular(totals[row]):
                 fill_nan(shares, size)
-            elif lane(largest_lane(lane_maxima(logits, size)), 0) > totals[row].maximum:
+                continue
+            # The sum, over the term of the maximum, is at most this power of two.
+            scales[row].is_mended = needs_mending(
+                logits, size, smallest, splat(totals[row].maximum, like),
+                exact_power_of_two(rint(log_sums[row] * LOG2_E + 0.6)), 1.0)
+            if largest > totals[row].maximum:
                 write_beyond(logits, shares, size, totals[row].maximum, log_sums[row])
             else:
                 write_probabilities(

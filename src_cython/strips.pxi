@@ -131,13 +131,13 @@ cdef void run_long_strip(
     cdef State state
     cdef vec[REFERENCE * MAX_TILES] references
     cdef vec[FINISHERS * MAX_TILES] finishers
-    cdef vec[MAX_TILES] row_offsets, smallest, largest, high, low
+    cdef vec[MAX_TILES] row_offsets, smallest, largest, high, low, bottoms, tops
     cdef vec exponent
     cdef Upcoming nothing = nothing_upcoming(tiles)  # what was copied first is in no cache when it would be read again
-    cdef bint apart = job.function != SOFTMAX
+    cdef bint apart = job.function != SOFTMAX, is_mended = False
     cdef int t, row, i
     for t in range(columns.n_tiles):
-        row_offsets[t] = splat(0.0, like)
+        row_offsets[t], bottoms[t], tops[t] = splat(0.0, like), splat(INFINITY, like), splat(-INFINITY, like)
         for i in range(FINISHERS):
             finishers[t * FINISHERS + i] = splat(0.0, like)
     while first < n:
@@ -147,6 +147,10 @@ cdef void run_long_strip(
             tiles, tile_size, columns, size, &nothing, False, apart, is_coarse(job), job.has_zero and first == 0,
             row_offsets, smallest, references, largest, high, low)
         for t in range(columns.n_tiles):
+            tops[t] = maximum(largest[t], tops[t])
+            if not apart and not is_coarse(job):  # so that tiles are not terms
+                bottoms[t] = minimum(bottoms[t], counted_smallest(
+                    <const vec*>tiles + t * tile_size, size * lanes(like), smallest[t], tops[t], 1.0))
             exponent = exponent_of(references + t * REFERENCE)
             for row in range(columns.count[t]):
                 state = state_in_lane(row, references + t * REFERENCE, &exponent, largest + t, high + t, low + t)
@@ -157,6 +161,7 @@ cdef void run_long_strip(
                     totals[t * MAX_LANES + row] = merge(totals[t * MAX_LANES + row], state, apart)
         first += size
     for t in range(columns.n_tiles):
+        is_mended = is_mended or is_below_mended(bottoms[t], tops[t], n, 1.0)
         for row in range(columns.count[t]):
             put_finish(
                 within_range(totals[t * MAX_LANES + row], like), job.function, is_coarse(job), row, references + t * REFERENCE,
@@ -169,13 +174,17 @@ cdef void run_long_strip(
             write_tiles(
                 COARSE_EXP_SCALE, <const vec*>tiles, tile_size, columns, size, references, <const vec*>finishers,
                 <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
+        elif job.function == SOFTMAX and is_mended:
+            write_mended_tiles(
+                <const vec*>tiles, tile_size, columns, size, references, <const vec*>finishers,
+                <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         elif job.function == SOFTMAX:
             write_tiles(
                 EXP_SCALE, <const vec*>tiles, tile_size, columns, size, references, <const vec*>finishers,
                 <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         else:
             finish_tiles(
-                <const vec*>tiles, tile_size, columns, size, LOG_SOFTMAX, False, <const vec*>finishers,
+                <const vec*>tiles, tile_size, columns, size, LOG_SOFTMAX, False, False, references, <const vec*>finishers,
                 <char*>y + first * y_stride, y_stride, job.streaming, job.storage)
         first += size
 
@@ -232,8 +241,10 @@ cdef void run_strip(
     cdef Py_ssize_t n = job.row.size[0], x_size = stored_size(source_storage(job), like), x_offset, y_offset
     cdef Py_ssize_t outer = unit // n_strips, index = unit % n_strips, first = max(index * width - left_out, 0)
     cdef Py_ssize_t tile_size = tile_registers(n, like), size = stored_size(job.storage, like)
+    cdef vec[REFERENCE * MAX_TILES] references
     cdef vec[FINISHERS * MAX_TILES] finishers
     cdef vec[MAX_TILES] smallest, largest, log_sums
+    cdef bint is_mended
     cdef StripSource source
     cdef Upcoming upcoming
     cdef int t, inner = job.kept.count
@@ -268,10 +279,11 @@ cdef void run_strip(
                 tiles, tile_size, &columns, n, &upcoming, job, outer * job.kept.size[inner] + first, smallest, largest,
                 tiles + width // lanes(like) * tile_size)
             return
-        reduce_tiles(tiles, tile_size, &columns, n, &upcoming, job, smallest, largest, finishers, log_sums)
+        is_mended = reduce_tiles(
+            tiles, tile_size, &columns, n, &upcoming, job, smallest, largest, references, finishers, log_sums)
         finish_tiles(
-            <const vec*>tiles, tile_size, &columns, n, job.function, is_coarse(job), <const vec*>finishers, y,
-            job.row.y_stride[0], job.streaming, job.storage)
+            <const vec*>tiles, tile_size, &columns, n, job.function, is_coarse(job), is_mended, <const vec*>references,
+            <const vec*>finishers, y, job.row.y_stride[0], job.streaming, job.storage)
     if job.function == LOGSUMEXP:
         for t in range(columns.n_tiles):
             store_stored(
