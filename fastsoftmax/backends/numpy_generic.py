@@ -167,14 +167,15 @@ def _write(result: Array, out: Array, dimensions: tuple[Dimension, ...]) -> None
 
 def softmax_rows(rows: Array, temperature: float = 1.0) -> Array:
     """Softmax over the last axis."""
-    maximum = _maximum(rows)
-    exponentials, residuals = _exp_parts(*_quotients(rows, maximum, temperature))
+    maximum, shift = _maximum(rows), _shift_of(rows)
+    exponentials, residuals = _exp_parts(*_quotients(rows, maximum, temperature), shift)
     terms = exponentials + exponentials * residuals
     if np.iscomplexobj(rows):
         total = _sum(terms)
     else:
-        total = np.where(np.isfinite(maximum), 1 + _sum_of_others(terms, rows), np.nan)
-    return _over(exponentials, residuals, total)
+        others = np.ldexp(_sum_of_others(terms, rows), -shift)
+        total = np.where(np.isfinite(maximum), 1 + others, np.nan)
+    return _over(exponentials, residuals, total, shift)
 
 
 def log_softmax_rows(rows: Array, temperature: float = 1.0) -> Array:
@@ -196,10 +197,10 @@ def logsumexp_rows(rows: Array, temperature: float = 1.0) -> Array:
 
 def softmax_one_rows(rows: Array) -> Array:
     """exp(x) / (1 + sum(exp(x))) over the last axis: the softmax with a zero more."""
-    maximum = np.maximum(_maximum(rows), 0)
-    exponentials, residuals = _exp_parts(*_quotients(rows, maximum, 1.0))
-    total = _sum(exponentials + exponentials * residuals) + np.exp(-maximum)
-    return _over(exponentials, residuals, total)
+    maximum, shift = np.maximum(_maximum(rows), 0), _shift_of(rows)
+    exponentials, residuals = _exp_parts(*_quotients(rows, maximum, 1.0), shift)
+    total = _sum(exponentials + exponentials * residuals) * 2.0**-shift + np.exp(-maximum)
+    return _over(exponentials, residuals, total, shift)
 
 
 def _order(rows: Array) -> Array:
@@ -245,8 +246,9 @@ def normalized_rows(rows: Array, states: Array, precision: _state.Precision) -> 
     maximum = np.array([[state.maximum] for state in unpacked])
     totals = np.array([[_total_over_top(state, precision)] for state in unpacked])
     quotients, residuals = _quotients(rows, maximum, 1.0)
-    exponentials, residuals = _exp_parts(quotients, np.where(rows > maximum, 0, residuals))
-    ratios = np.where(np.isinf(exponentials), np.inf, _over(exponentials, residuals, totals))
+    shift = np.where(quotients > 0, 0, _shift_of(rows))  # of what is larger than all that was seen it may overflow
+    exponentials, residuals = _exp_parts(quotients, np.where(rows > maximum, 0, residuals), shift)
+    ratios = np.where(np.isinf(exponentials), np.inf, _over(exponentials, residuals, totals, shift))
     return np.where(np.isnan(totals), np.nan, ratios)
 
 
@@ -281,7 +283,7 @@ def _quotients(rows: Array, maximum: Array, temperature: float) -> tuple[Array, 
     return quotients, np.where(np.isfinite(residual), residual, 0)
 
 
-def _product_minus(a: Array, b: float, c: Array) -> Array:
+def _product_minus(a: Array, b: float | Array, c: Array) -> Array:
     """Return a * b - c, exactly, where the product is near c (Dekker)."""
     splitter = a.dtype.type(2.0 ** (np.finfo(a.dtype).nmant // 2 + 1) + 1)
     a_high = a * splitter - (a * splitter - a)
@@ -291,7 +293,12 @@ def _product_minus(a: Array, b: float, c: Array) -> Array:
     return result
 
 
-def _exp_parts(quotients: Array, residuals: Array, shift: int = 0) -> tuple[Array, Array]:
+def _shift_of(rows: Array) -> int:
+    """How many binary digits the terms of rows are shifted up, so that subnormal ones keep theirs until the end."""
+    return 200 if rows.dtype == np.float64 else 0
+
+
+def _exp_parts(quotients: Array, residuals: Array, shift: int | Array = 0) -> tuple[Array, Array]:
     """Return e and r: e * (1 + r) are the exponentials of quotients and residuals, in float64 times 2**shift."""
     if quotients.dtype == np.float64:
         p, low, shifted_k = _state.split(np.clip(quotients, -1000.0, 1000.0), _state.FLOAT64)
@@ -309,12 +316,20 @@ def _exp(quotients: Array, residuals: Array, shift: int = 0) -> Array:
     return terms
 
 
-def _over(exponentials: Array, residuals: Array, total: Array) -> Array:
-    """Return e * (1 + r) / total, rounded twice: in the division, and where r and what divisors lack are added."""
+def _over(exponentials: Array, residuals: Array, total: Array, shift: int | Array) -> Array:
+    """Return e * (1 + r) / total / 2**shift, rounded twice: in the division, and where r and what divisors lack are
+    added. A subnormal result is rounded once more, and so what the division loses is added too."""
     divisor = total.astype(exponentials.dtype)
     rest = ((total - divisor) / divisor).astype(exponentials.dtype)
-    result: Array = exponentials / divisor
-    result += result * (residuals - rest)
+    quotients: Array = exponentials / divisor
+    power = np.ldexp(quotients.real.dtype.type(1), -shift)
+    corrections = quotients * (residuals - rest)
+    if np.any(shift):
+        is_small = (quotients > 0) & (quotients * power < 2 * np.finfo(quotients.dtype).tiny)
+        if is_small.any():
+            lost = _product_minus(quotients, divisor, exponentials) / divisor
+            corrections -= np.where(is_small, lost, 0)
+    result: Array = (quotients + corrections) * power
     return result
 
 
@@ -325,7 +340,7 @@ def _exp_difference(rows: Array, maximum: Array) -> Array:
 
 def _log_sum(rows: Array, maximum: Array, quotients: Array, residuals: Array) -> Array:
     """Return log(sum(exp(quotients))) in long double; 0 where the maximum is infinite, so that it alone decides."""
-    shift = 200 if rows.dtype == np.float64 else 0  # terms that are subnormal keep their digits until they are summed
+    shift = _shift_of(rows)
     terms = _exp(quotients, residuals, shift)
     is_complex = np.iscomplexobj(rows)
     total = np.log(_sum(terms)) if is_complex else np.log1p(np.ldexp(_sum_of_others(terms, rows), -shift))
