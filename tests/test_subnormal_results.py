@@ -22,12 +22,6 @@ WAYS = {name: (lambda x, layout=layout: softmax(layout(x), 1)) for name, layout 
 }
 
 
-@pytest.fixture(autouse=True)
-def _not_numba(backend):
-    if backend.name == "numba":
-        pytest.skip("not yet")
-
-
 def _in_place(x, axis):
     return softmax(x, axis, out=x)
 
@@ -85,7 +79,8 @@ def test_where(backend, dtype, rng, shape):
     expected = exact("softmax", np.where(mask, x, -np.inf), 1, wide=wide_for(x.dtype))
     for result in (softmax(x, 1, where=mask), softmax(x.T.copy(), 0, where=mask.T.copy()).T):
         assert error_in_steps(result, expected) <= 1
-    np.testing.assert_array_equal(softmax(np.where(mask, x, dtype(-np.inf)), 1), result)
+    if backend.name != "numba":  # which computes masked rows in float64
+        np.testing.assert_array_equal(softmax(np.where(mask, x, dtype(-np.inf)), 1), result)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -256,7 +256,7 @@ def _run_split_row(plan: Plan, layout: Layout, x: int, y: int, terms: int, store
     """Fold the chunks of a row on threads, merge their states in order, write on threads; arguments are addresses."""
     schedule, n, like, function = plan.schedule, layout.n_cols, _LIKE[layout.itemsize], _FUNCTIONS[plan.function]
     n_chunks = -(-n * layout.itemsize // rows.CHUNK_BYTES)
-    memory = np.empty(3 * (n_chunks + 1), np.float64)
+    memory = np.empty(rows.FIELDS_OF_STATE * (n_chunks + 1), np.float64)
     states = memory.ctypes.data
 
     def fold(first: int, end: int) -> None:

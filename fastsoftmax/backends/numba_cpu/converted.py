@@ -12,6 +12,7 @@ from .rows import (
     BYTES_OF_WORK,
     CHUNK_BYTES,
     COLUMNS,
+    FIELDS_OF_STATE,
     LOGSUMEXP,
     X,
     Y,
@@ -20,6 +21,7 @@ from .rows import (
     count_chunks,
     fold_chunks,
     folded_of,
+    is_row_mended,
     log_sums_of_row,
     make_work,
     merge_states,
@@ -54,7 +56,7 @@ def _folder(collect):
         for chunk in range(n_chunks):
             size = min(length, n - chunk * length)
             collect(storage, address, at, reduced, n_reduced, chunk * length, size, room, room, 0)
-            of_chunk = pointer_to(address_of(states, 3 * chunk), 0.0)
+            of_chunk = pointer_to(address_of(states, FIELDS_OF_STATE * chunk), 0.0)
             fold_chunks(function, room, 0, size, nothing, 0, 0, 1, False, room, of_chunk, room, work)
         return merge_states(states, n_chunks, room)
 
@@ -74,10 +76,11 @@ def _run_long_row(like, function, storages, addresses, x_at, y_at, reduced, n_re
         _, room[0] = log_sums_of_row(total, folded_of(total, room))
         write_one(room, like, storages[1], addresses[1], y_at)
         return
+    mends = is_row_mended(room, states, count_chunks(room, n), total, n)
     for first in range(0, n, length):
         size = min(length, n - first)
         collect_any(storages[0], addresses[0], x_at, reduced, n_reduced, first, size, like, room, 0)
-        write_chunks(function, room, 0, room, 0, size, nothing, 0, 0, 1, False, room, states, total, False, room)
+        write_chunks(function, room, 0, room, 0, size, nothing, 0, 0, 1, False, room, states, total, mends, False, room)
         _multiply(room, 0, size, factor)
         distribute_stored(room, 0, like, storages[1], addresses[1], y_at, reduced, n_reduced, first, size)
 

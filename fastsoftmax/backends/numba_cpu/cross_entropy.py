@@ -14,6 +14,7 @@ from fastsoftmax import _state
 from .jit import inline, jit, jit_entry
 from .registers import address_of, lane, lanes_in, pointer_to, register_of, stack_memory
 from .rows import (
+    BYTES_OF_STATE,
     BYTES_OF_WORK,
     CHUNK_BYTES,
     COLUMNS,
@@ -86,7 +87,7 @@ def _read_factors(targets, logits, first, n, factors):
 @jit
 def _fold_long_row(logits, x, work):
     """What `fold_others` would give for a row of several chunks."""
-    of_chunk, nothing = pointer_to(stack_memory(24), 0.0), pointer_to(0, 0)
+    of_chunk, nothing = pointer_to(stack_memory(BYTES_OF_STATE), 0.0), pointer_to(0, 0)
     total = _state.identity()
     for first in range(0, logits.row.n, CHUNK):
         n = min(CHUNK, logits.row.n - first)

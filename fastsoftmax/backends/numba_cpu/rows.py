@@ -22,6 +22,7 @@ from .registers import (
     REGISTER_BYTES,
     address_of,
     any_of,
+    filled,
     first_lanes,
     fma,
     group_of,
@@ -48,9 +49,11 @@ from .terms import (
     Ending,
     Reference,
     constants,
+    exp_and_mend,
     exp_and_scale,
     exp_parts,
     exponent_of,
+    is_below_mended,
     maximum,
     minimum,
     normalize,
@@ -62,6 +65,7 @@ from .terms import (
     sum_base,
     term_at,
     two_sum,
+    vanishing_below,
 )
 
 # By number, as kernels know them.
@@ -76,7 +80,9 @@ BATCH_BYTES = 65536
 PREFETCHED_BYTES = 65536
 MAX_LANES = 16
 _SQUARE = GROUP * REGISTER_BYTES * MAX_LANES
-BYTES_OF_WORK = 3 * _SQUARE + 4 * 8 * MAX_LANES
+BYTES_OF_WORK = 3 * _SQUARE + 4 * 8 * MAX_LANES + REGISTER_BYTES * MAX_LANES
+FIELDS_OF_STATE = 4  # a state, and the smallest of its logits that counts
+BYTES_OF_STATE = 8 * FIELDS_OF_STATE
 
 
 class Work(NamedTuple):
@@ -89,6 +95,7 @@ class Work(NamedTuple):
     sizes: Any
     terms: Any  # places, as the next
     results: Any
+    smallest: Any  # registers of the smallest logits that count, one for each segment
 
 
 class Folded(NamedTuple):
@@ -103,7 +110,7 @@ class Folded(NamedTuple):
 def bytes_of_rows(n, itemsize, waiting, gathered):
     """Scratch memory of `run_rows`."""
     if n * itemsize > CHUNK_BYTES:
-        states = (-(-n * itemsize // CHUNK_BYTES) * 24 + 63) // 64 * 64
+        states = bytes_of_states(-(-n * itemsize // CHUNK_BYTES))
         return states + (n * itemsize if waiting and not gathered else BATCH_BYTES)
     return max(BATCH_BYTES, n * itemsize) if waiting or gathered else 0
 
@@ -120,6 +127,7 @@ def make_work(memory, like):
         pointer_to(numbers + 8 * MAX_LANES, 0),
         pointer_to(numbers + 16 * MAX_LANES, 0),
         pointer_to(numbers + 24 * MAX_LANES, 0),
+        pointer_to(numbers + 32 * MAX_LANES, like),
     )
 
 
@@ -207,6 +215,30 @@ def lane_extremes(x, at, n):
     for part in parts(bottoms):
         bottom = minimum(part, bottom)
     return top, bottom
+
+
+@inline
+def counted_smallest(x, at, n, smallest, largest):
+    """The smallest logits, but for those so far below the largest that their probability is 0, as masked ones are."""
+    bound = vanishing_below(largest)
+    return smallest_above(x, at, n, bound) if any_of(smallest < bound) else smallest
+
+
+@jit
+def smallest_above(x, at, n, bound):
+    """The minimum of lanes over all elements above a bound, in a row or the rows of a tile."""
+    least, done = filled(bound, math.inf), 0
+    while done < n:
+        v = load_within(x, at + done, n - done, filled(bound, -math.inf))
+        least = where((v > bound) & (v < least), v, least)
+        done += lanes_in(bound)
+    return least
+
+
+@inline
+def needs_mending(x, at, n, smallest, largest, n_of_row):
+    """Whether any of n logits may have a probability that is to be mended."""
+    return is_below_mended(counted_smallest(x, at, n, smallest, largest), largest, n_of_row)
 
 
 @inline
@@ -311,8 +343,8 @@ def find_maxima(x, count, work):
 
 
 @jit
-def fold_segments(x, count, keep, terms, work):
-    """Fold segments whole; with `keep`, their terms are stored."""
+def fold_segments(x, count, of_softmax, keep, are_rows, terms, work):
+    """Fold segments whole; with `keep`, their terms are stored, but for rows whose probabilities are to be mended."""
     largest = find_maxima(x, count, work)
     reference = reference_at(largest)
     like = register_of(x, 0.0)
@@ -320,10 +352,12 @@ def fold_segments(x, count, keep, terms, work):
     for s in range(width):
         high = low = like
         if s < count:
-            smallest = load(work.lows, s * width, like)
-            high, low = sum_segment(
-                x, work.places[s], work.sizes[s], smallest, reference_in(reference, s, x), keep, terms, work.terms[s]
-            )
+            smallest, top = load(work.lows, s * width, like), register_of(x, lane(largest, s))
+            at, size, kept = work.places[s], work.sizes[s], keep
+            if of_softmax:
+                store(work.smallest, s * width, counted_smallest(x, at, size, smallest, top))
+                kept = keep and not (are_rows and is_mended(x, s, largest, size, work))
+            high, low = sum_segment(x, at, size, smallest, reference_in(reference, s, x), kept, terms, work.terms[s])
         store(work.highs, s * width, high)
         store(work.lows, s * width, low)
     high, low = add_lanes(x, work)
@@ -333,6 +367,13 @@ def fold_segments(x, count, keep, terms, work):
                 high = with_lane(high, s, math.nan if has_nan(x, work.places[s], 1, work.sizes[s]) else 0.0)
                 low = with_lane(low, s, 0.0)
     return Folded(largest, high, low, reference)
+
+
+@inline
+def is_mended(x, s, largest, n, work):
+    """Whether a segment that is a row of n has probabilities that are to be mended."""
+    width = lanes_in(largest)
+    return is_below_mended(load(work.smallest, s * width, largest), register_of(x, lane(largest, s)), n)
 
 
 @inline
@@ -363,7 +404,7 @@ def replaced(folded, lacks, sums):
 @jit
 def fold_others(x, count, work):
     """Fold segments without their maxima."""
-    folded = without_top(fold_segments(x, count, False, x, work))
+    folded = without_top(fold_segments(x, count, False, False, False, x, work))
     lacks = lacking(folded, count)
     if not any_of(lacks):
         return folded
@@ -459,20 +500,25 @@ def _writer(operation):
     return write
 
 
-write_scaled, write_recomputed, write_differences, write_copies = map(_writer, (scale, exp_and_scale, subtract, leave))
+write_scaled, write_recomputed, write_mended, write_differences, write_copies = map(
+    _writer, (scale, exp_and_scale, exp_and_mend, subtract, leave)
+)
 
 
 @jit
 def run_batch(function, x, y, count, n, terms, streaming, work):
     """Run rows of one segment each; exponentials wait in `terms`."""
     if function == SOFTMAX:
-        folded = fold_segments(x, count, True, terms, work)
+        folded = fold_segments(x, count, True, True, True, terms, work)
         end = normalize(folded.largest, folded.high, folded.low, folded.reference)
         # Where rows follow each other, a cache line that two of them share would be written in parts.
         together = streaming and work.results[count - 1] - work.results[0] == (count - 1) * n
         for s in range(count):
             target, at = (terms, work.terms[s]) if together else (y, work.results[s])
-            write_scaled(terms, work.terms[s], target, at, n, ending_in(end, s, x), streaming and not together)
+            if is_mended(x, s, folded.largest, n, work):
+                write_mended(x, work.places[s], target, at, n, ending_in(end, s, x), streaming and not together)
+            else:
+                write_scaled(terms, work.terms[s], target, at, n, ending_in(end, s, x), streaming and not together)
         if together:
             write_copies(terms, work.terms[0], y, work.results[0], count * n, ending_in(end, 0, x), True)
         return
@@ -510,7 +556,7 @@ def count_chunks(x, n):
 
 @inline
 def bytes_of_states(n_chunks):
-    return (n_chunks * 24 + 63) // 64 * 64
+    return (n_chunks * BYTES_OF_STATE + 63) // 64 * 64
 
 
 @inline
@@ -565,7 +611,29 @@ def state_in(folded, index):
 
 @inline
 def load_state(states, index):
-    return _state.State(states[3 * index], states[3 * index + 1], states[3 * index + 2])
+    at = FIELDS_OF_STATE * index
+    return _state.State(states[at], states[at + 1], states[at + 2])
+
+
+@inline
+def store_state(states, index, state, smallest):
+    at = FIELDS_OF_STATE * index
+    states[at], states[at + 1], states[at + 2] = state
+    states[at + 3] = smallest
+
+
+@inline
+def load_smallest(states, index):
+    return states[FIELDS_OF_STATE * index + 3]
+
+
+@inline
+def smallest_of(states, count):
+    """The smallest logit that counts in any of the first states."""
+    smallest = math.inf
+    for i in range(count):
+        smallest = min(smallest, load_smallest(states, i))
+    return smallest
 
 
 @inline
@@ -616,12 +684,14 @@ def fold_chunks(function, x, at, n, reduced, n_reduced, chunk, end, keep, terms,
                 collect(x, at, reduced, n_reduced, first, size, collected, s * length)
         source = collected if n_reduced else x
         if function == SOFTMAX:
-            folded = without_top(fold_segments(source, count, keep, terms, work))
+            folded = without_top(fold_segments(source, count, True, keep, False, terms, work))
         else:
             folded = fold_others(source, count, work)
         for s in range(count):
-            state = state_in(folded, s)
-            states[3 * (chunk + s)], states[3 * (chunk + s) + 1], states[3 * (chunk + s) + 2] = state
+            smallest = math.inf
+            for i in range(lanes_in(folded.high)):
+                smallest = min(smallest, np.float64(work.smallest[s * lanes_in(folded.high) + i]))
+            store_state(states, chunk + s, state_in(folded, s), smallest)
         chunk += count
 
 
@@ -635,9 +705,10 @@ def merge_states(states, count, x):
 
 @jit
 def write_chunks(
-    function, x, at, y, y_at, n, reduced, n_reduced, chunk, end, stored, terms, states, total, streaming, collected
-):
-    """Write some chunks of a row of state `total`."""
+    function, x, at, y, y_at, n, reduced, n_reduced, chunk, end, stored, terms, states, total, mends, streaming,
+    collected,
+):  # fmt: skip
+    """Write some chunks of a row of state `total`, where `mends` tells whether probabilities are to be mended."""
     length = chunk_of(x)
     folded = folded_of(total, x)
     whole = with_top(folded)
@@ -654,8 +725,10 @@ def write_chunks(
             one = differences(folded.largest, register_of(x, log_sum), folded.reference)
             write_differences(source, source_at, target, target_at, size, one, streaming)
         else:
-            power = power_between(states[3 * chunk], ending) if stored else 0.0
-            if power > 0.0:
+            power = power_between(states[FIELDS_OF_STATE * chunk], ending) if stored and not mends else 0.0
+            if mends:
+                write_mended(source, source_at, target, target_at, size, ending, streaming)
+            elif power > 0.0:
                 one = Ending(
                     ending.reference, ending.factor * power, ending.factor_low * power, ending.limit, ending.share
                 )
@@ -679,6 +752,13 @@ def power_between(maximum, end):
     return power if factor * power >= tiniest and (low * power >= tiniest or low == 0.0) else 0.0
 
 
+@inline
+def is_row_mended(x, states, count, total, n):
+    """Whether a row of n, whose chunks have these states, has probabilities that are to be mended."""
+    smallest, largest = register_of(x, smallest_of(states, count)), register_of(x, total.maximum)
+    return is_below_mended(smallest, largest, n)
+
+
 @jit
 def run_long_row(function, how, streaming, x, at, y, y_at, reduced, n_reduced, n, room, work):
     n_chunks = count_chunks(x, n)
@@ -690,8 +770,10 @@ def run_long_row(function, how, streaming, x, at, y, y_at, reduced, n_reduced, n
     if function == LOGSUMEXP:
         _, y[y_at] = log_sums_of_row(total, folded_of(total, x))
         return
+    mends = is_row_mended(x, states, n_chunks, total, n)
     write_chunks(
-        function, x, at, y, y_at, n, reduced, n_reduced, 0, n_chunks, stored, terms, states, total, streaming, waiting
+        *(function, x, at, y, y_at, n, reduced, n_reduced, 0, n_chunks, stored, terms, states, total, mends),
+        *(streaming, waiting),
     )
 
 
@@ -756,7 +838,7 @@ def merge_split(like, function, y_address, n_chunks, states_address):
     """Put the state of one row behind those of its chunks; write its logsumexp, which is all there is."""
     y, states = pointer_to(y_address, like), pointer_to(states_address, 0.0)
     total = merge_states(states, n_chunks, y)
-    states[3 * n_chunks], states[3 * n_chunks + 1], states[3 * n_chunks + 2] = total
+    store_state(states, n_chunks, total, smallest_of(states, n_chunks))
     if function == LOGSUMEXP:
         _, y[0] = log_sums_of_row(total, folded_of(total, y))
 
@@ -768,4 +850,5 @@ def write_split(like, function, stored, streaming, x_address, y_address, terms_a
     states = pointer_to(states_address, 0.0)
     total = load_state(states, count_chunks(x, n))
     nothing = pointer_to(0, 0)
-    write_chunks(function, x, 0, y, 0, n, nothing, 0, first, end, stored, terms, states, total, streaming, x)
+    mends = is_row_mended(x, states, count_chunks(x, n), total, n)
+    write_chunks(function, x, 0, y, 0, n, nothing, 0, first, end, stored, terms, states, total, mends, streaming, x)

@@ -13,7 +13,7 @@ from fastsoftmax import _state
 
 from .converted import fold_floats
 from .jit import inline, jit_entry
-from .registers import lane, lanes_in, pointer_to, stack_memory
+from .registers import lane, lanes_in, pointer_to, register_of, stack_memory
 from .rows import (
     BATCH_BYTES,
     BYTES_OF_WORK,
@@ -30,6 +30,7 @@ from .rows import (
     lane_extremes,
     make_work,
     merge_states,
+    needs_mending,
     offset_of,
     write_chunks,
 )
@@ -41,7 +42,7 @@ FOLD_STATES, NORMALIZE, SOFTMAX_ONE = range(3)
 
 def bytes_of_streaming(n, itemsize):
     """Scratch memory for rows of n elements."""
-    return (-(-n * itemsize // CHUNK_BYTES) * 24 + 63) // 64 * 64 + BATCH_BYTES
+    return bytes_of_states(-(-n * itemsize // CHUNK_BYTES)) + BATCH_BYTES
 
 
 @inline
@@ -57,12 +58,13 @@ def store_packed(states, row, state, x):
 
 
 @inline
-def largest_of(x, at, n):
+def extremes_of(x, at, n):
+    """The largest of n elements, and the smallest of each lane."""
     largest = -math.inf
-    tops, _ = lane_extremes(x, at, n)
+    tops, bottoms = lane_extremes(x, at, n)
     for i in range(lanes_in(tops)):
         largest = max(largest, np.float64(lane(tops, i)))
-    return largest
+    return largest, bottoms
 
 
 @jit_entry
@@ -101,19 +103,18 @@ def run_streaming(
             if n_reduced:
                 collect_floats(storage, x_address, at, reduced, n_reduced, first, size, room, room, 0)
                 source, source_at, target, target_at = room, 0, room, 0
-            if (
-                function == NORMALIZE
-                and math.isfinite(total.maximum)
-                and largest_of(source, source_at, size) > total.maximum
-            ):
+            largest, smallest = extremes_of(source, source_at, size)
+            if function == NORMALIZE and math.isfinite(total.maximum) and largest > total.maximum:
                 # Larger than all that the state has seen: terms may overflow.
                 for j in range(size):
                     difference = np.float64(source[source_at + j]) - total.maximum
                     target[target_at + j] = math.exp((difference - log_high) - log_low)
             else:
+                top = register_of(x, total.maximum)
+                mends = needs_mending(source, source_at, size, smallest, top, math.exp(log_high))
                 write_chunks(
                     SOFTMAX, source, source_at, target, target_at, size, nothing, 0, 0, 1, False, source, no_states,
-                    total, False, source,
+                    total, mends, False, source,
                 )  # fmt: skip
             if n_reduced:
                 distribute_stored(room, 0, room, storage, y_address, y_at, reduced, n_reduced, first, size)

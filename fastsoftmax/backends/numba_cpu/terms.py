@@ -20,7 +20,7 @@ from fastsoftmax import _state
 from fastsoftmax._state import FLOAT32_WIDE, FLOAT64, Precision
 
 from .jit import by_dtype, inline
-from .registers import HAS_FMA, REGISTER_BYTES, call, floor, fma, in_parts, joined, lanes_of, where
+from .registers import HAS_FMA, REGISTER_BYTES, any_of, call, floor, fma, in_parts, joined, lanes_of, where
 
 
 class Constants(NamedTuple):
@@ -39,6 +39,11 @@ class Constants(NamedTuple):
     chance: float  # a sum is so near that of equal terms by no chance
     splitter: float  # cuts a number in halves (Veltkamp)
     tiniest: float  # factors keep their digits down to here
+    near: float  # less than this below the maximum no probability is to be mended, with fewer than 10**11 elements
+    mended: float  # so far below the maximum one may be that is not divided by anything
+    vanishing: float  # and from here on they are 0
+    edge: float  # twice the smallest normal number, lest a subnormal probability be rounded to a normal one
+    spacing: float  # of numbers, at least, relative to their size
 
 
 _LN2, _LOG2_E = math.log(2.0), 1.0 / math.log(2.0)
@@ -60,6 +65,11 @@ _FLOAT32 = Constants(
     chance=2.0**-32,
     splitter=2.0**12 + 1.0,
     tiniest=2.0**-120,
+    near=60.0,
+    mended=86.63,
+    vanishing=104.0,
+    edge=2.0**-125,
+    spacing=2.0**-23,
 )
 _FLOAT64 = Constants(
     state=FLOAT64,
@@ -75,6 +85,11 @@ _FLOAT64 = Constants(
     chance=2.0**-88,
     splitter=2.0**27 + 1.0,
     tiniest=2.0**-1000,
+    near=660.0,
+    mended=707.69,
+    vanishing=745.2,
+    edge=2.0**-1021,
+    spacing=2.0**-52,
 )
 
 # (exp(r) - 1 - r) / r**2 for |r| <= ln(2) / (2 * powers), minimax (Remez), by bits of the dtype and powers.
@@ -392,11 +407,18 @@ def scale(term, end):
     """A term to a probability, rounded once."""
     if HAS_FMA:
         v = fma(term, end.factor, term * end.factor_low)
-    else:  # the detour by 2**64 keeps parts from underflowing where the result is near the smallest normal number
-        raised = end.factor * 2.0**64
-        product = term * raised
-        v = (product + (product_error(term, raised, product) + term * (end.factor_low * 2.0**64))) * 2.0**-64
+    else:
+        v = raised_product(term, end.factor * 2.0**64, term * (end.factor_low * 2.0**64))
     return where(end.limit <= v, end.share, v)
+
+
+@inline
+def raised_product(term, raised, low):
+    """(term * raised + low) / 2**64: the detour keeps parts from underflowing where the result is very small."""
+    if HAS_FMA:
+        return fma(term, raised, low) * 2.0**-64
+    product = term * raised
+    return (product + (product_error(term, raised, product) + low)) * 2.0**-64
 
 
 @inline
@@ -404,6 +426,36 @@ def exp_and_scale(logit, end):
     """A logit to a probability, by way of its term."""
     head, factor, rest = exp_parts(logit, end.reference)
     return scale(fma(factor, rest, head), end)
+
+
+@inline
+def exp_and_mend(logit, end):
+    """The same, where some probabilities are so small that what is rounded on the way would be seen."""
+    edge = constants(logit).edge
+    head, factor, rest = exp_parts(logit, end.reference)
+    term = fma(factor, rest, head)
+    v, raised = scale(term, end), end.factor * 2.0**64
+    low = fma(term, end.factor_low * 2.0**64, fma(factor, rest, head - term) * raised)
+    mended = raised_product(term, raised, low)
+    return where((v > 0.0) & (v < edge), where(mended < edge, mended, edge), v)
+
+
+@inline
+def is_below_mended(smallest, largest, n):
+    """Whether rows of n with these maxima may have probabilities that are to be mended, if these are the smallest
+    logits."""
+    c = constants(largest)
+    if not any_of(smallest < largest - c.near):  # most rows need no logarithm
+        return False
+    # No sum is more than n + 1 times the largest term, of rows with a zero beside them.
+    return any_of(smallest < largest + (math.log(n + 1.0) - c.mended) + size_of(largest) * c.spacing)
+
+
+@inline
+def vanishing_below(largest):
+    """Logits below have probabilities of 0; the lowest number where all are -inf."""
+    c = constants(largest)
+    return maximum((largest - c.vanishing) - size_of(largest) * c.spacing, -c.largest)
 
 
 @inline

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba.extending import register_jitable
 
 from fastsoftmax import _state
@@ -43,6 +44,7 @@ from .registers import (
     with_lane,
 )
 from .rows import (
+    BYTES_OF_STATE,
     BYTES_OF_WORK,
     COLUMNS,
     LOG_SOFTMAX,
@@ -54,19 +56,23 @@ from .rows import (
     Y,
     add_registers,
     chunk_of,
+    counted_smallest,
     differences,
     folded_of,
     has_nan,
     lacking,
+    load_smallest,
     load_state,
     load_within,
     log_sums_of_row,
     make_work,
+    needs_mending,
     of_group,
     offset_of,
     put_log_sums,
     replaced,
     state_in,
+    store_state,
     store_within,
     to_boundary,
     with_top,
@@ -78,9 +84,12 @@ from .terms import (
     Ending,
     Reference,
     constants,
+    exp_and_mend,
     exp_and_scale,
     exp_parts,
+    is_below_mended,
     maximum,
+    minimum,
     normalize,
     reference_at,
     scale,
@@ -93,7 +102,8 @@ from .terms import (
 
 STRIP_BYTES = 512  # of each row of the array
 FIELDS = 7  # registers of an ending
-ENDINGS_BYTES, STATES_BYTES = FIELDS * STRIP_BYTES, 3 * 8 * STRIP_BYTES // 4
+ENDINGS_BYTES, STATES_BYTES = FIELDS * STRIP_BYTES, BYTES_OF_STATE * STRIP_BYTES // 4
+ROOMS_BYTES = 4 * STRIP_BYTES  # for a number of each row: logarithms of sums, an element on its way, extremes
 PREFETCHED_LINES = 16  # how many rows of the array ahead a strip fetches what it writes
 # The next strip is fetched while one is computed, if it would stay in a second-level cache.
 STAYING_BYTES = 524288
@@ -114,23 +124,16 @@ def count_strips(inner, itemsize, streaming):
 
 def bytes_of_strip(n, itemsize):
     """Scratch memory of `run_strips`."""
-    return ENDINGS_BYTES + 3 * STRIP_BYTES + STATES_BYTES + STRIP_BYTES * (min(n, rows.CHUNK_BYTES // itemsize) + 1)
+    return ENDINGS_BYTES + ROOMS_BYTES + STATES_BYTES + STRIP_BYTES * (min(n, rows.CHUNK_BYTES // itemsize) + 1)
 
 
 @jit
-def maxima_of_tile(tile, n):
-    fill = group_of(tile, -math.inf)
-    top = register_of(tile, -math.inf)
-    wide, done, end = fill, 0, n * lanes_in(top)
-    while done + lanes_in(fill) <= end:
-        wide = maximum(load(tile, done, fill), wide)  # in this order a NaN is passed over
-        done += lanes_in(fill)
-    for part in parts(wide):
-        top = maximum(part, top)
-    while done < end:
-        top = maximum(load(tile, done, top), top)
-        done += lanes_in(top)
-    return top
+def extremes_of_tile(tile, n):
+    top, bottom = register_of(tile, -math.inf), register_of(tile, math.inf)
+    for element in range(n):
+        v = load(tile, element * lanes_in(top), top)
+        top, bottom = maximum(v, top), minimum(v, bottom)  # in this order a NaN is passed over
+    return top, bottom
 
 
 class Upcoming(NamedTuple):
@@ -264,10 +267,10 @@ def fold_others_of_tile(tile, largest, count, n, upcoming, work):
 
 
 @jit
-def end_of_tile(function, tile, largest, count, n, log_sums, upcoming, work):
-    """Fold `count` rows, and give what ends their elements; for softmax, the tile then holds terms."""
+def end_of_tile(function, tile, largest, count, n, keep, log_sums, upcoming, work):
+    """Fold `count` rows, and give what ends their elements; for softmax, with `keep`, the tile then holds terms."""
     if function == SOFTMAX:
-        folded = fold_tile(tile, largest, count, n, True, upcoming, work)
+        folded = fold_tile(tile, largest, count, n, keep, upcoming, work)
         return normalize(folded.largest, folded.high, folded.low, folded.reference)
     folded = fold_others_of_tile(tile, largest, count, n, upcoming, work)
     of_others, of_rows = put_log_sums(folded, work)
@@ -307,16 +310,21 @@ def run_turned(
                 size = min(width, n - column)
                 at = column * together + first_row
                 turn(source, place + column, source_step, height, size, tile, at, together, size, width)
-        largest = nothing
+        largest, smallest = nothing, filled(nothing, math.inf)
         for element in range(n):
-            largest = maximum(load(tile, element * together, nothing), largest)  # in this order a NaN is passed over
-        ending = end_of_tile(function, tile, largest, count, n, work.tops, Upcoming(tile, 0, 0), work)
+            v = load(tile, element * together, nothing)
+            largest, smallest = maximum(v, largest), minimum(v, smallest)  # in this order a NaN is passed over
+        mends = function == SOFTMAX and needs_mending(tile, 0, n * together, smallest, largest, n)
+        ending = end_of_tile(function, tile, largest, count, n, not mends, work.tops, Upcoming(tile, 0, 0), work)
         if function == LOGSUMEXP:
             write_block(work.tops, 0, like, storages[1], y_address, row * y_step, 0, 1, y_step, count)
             continue
         for element in range(n):
             v = load(tile, element * together, nothing)
-            store(tile, element * together, scale(v, ending) if function == SOFTMAX else subtract(v, ending))
+            if mends:
+                store(tile, element * together, exp_and_mend(v, ending))
+            else:
+                store(tile, element * together, scale(v, ending) if function == SOFTMAX else subtract(v, ending))
         is_direct = is_written and not streaming
         target, target_at, target_step = (y, row * y_step, y_step) if is_direct else (converted, 0, n)
         for first_row in range(0, count, width):
@@ -352,23 +360,22 @@ class StripSource(NamedTuple):
     like: Any
     row: Any  # room for an element of each
     maxima: Any  # of the rows, as they are copied
+    minima: Any
 
 
 @jit
 def copy_strip(source, first, n_columns, n, tiles, tile_size):
-    """Copy n elements of each row, from `first` on, to tiles, and find the maxima of those that are not NaN."""
+    """Copy n elements of each row, from `first` on, to tiles, and find the extremes of those that are not NaN."""
     x, at = pointer_to(source.address, source.like), source.at + first * source.step
     nothing, wide = register_of(x, -math.inf), group_of(x, -math.inf)
     width, column = lanes_in(nothing), 0
     if source.storage == storage_of(x):
         while column + lanes_in(wide) <= n_columns:
-            copy_tiles(
-                x, at + column, source.step, lanes_in(wide), n, tiles, column // width, tile_size, wide, source.maxima
-            )
+            copy_tiles(x, at + column, source, lanes_in(wide), n, tiles, column // width, tile_size, wide)
             column += lanes_in(wide)
         while column < n_columns:
             count = n_columns - column
-            copy_tiles(x, at + column, source.step, count, n, tiles, column // width, tile_size, nothing, source.maxima)
+            copy_tiles(x, at + column, source, count, n, tiles, column // width, tile_size, nothing)
             column += width
         return
     for element in range(n):
@@ -379,21 +386,37 @@ def copy_strip(source, first, n_columns, n, tiles, tile_size):
             store(tiles, t * tile_size + element * width, logits)
     for t in range((n_columns + width - 1) // width):
         tile = pointer_to(address_of(tiles, t * tile_size), tiles)
-        store(source.maxima, t * width, maxima_of_tile(tile, n))
+        top, bottom = extremes_of_tile(tile, n)
+        store(source.maxima, t * width, top)
+        store(source.minima, t * width, bottom)
 
 
 @jit
-def copy_tiles(x, at, step, count, n, tiles, t, tile_size, nothing, maxima):
+def copy_tiles(x, at, source, count, n, tiles, t, tile_size, nothing):
     """`copy_strip` for up to as many columns as `nothing` has lanes, which make tiles from the t-th on."""
-    top, width = nothing, lanes_in(register_of(x, 0.0))
+    top, bottom, width, step = nothing, filled(nothing, math.inf), lanes_in(register_of(x, 0.0)), source.step
     for element in range(n):
         prefetch(x, at + (element + PREFETCHED_ROWS) * step, nothing)
         logits = load_within(x, at + element * step, count, nothing)
-        top = maximum(logits, top)  # in this order a NaN is passed over
+        top, bottom = maximum(logits, top), minimum(logits, bottom)  # in this order a NaN is passed over
         of_tiles = parts(logits)
         for j in range(len(of_tiles)):
             store(tiles, (t + j) * tile_size + element * width, of_tiles[j])
-    store(maxima, t * width, top)
+    store(source.maxima, t * width, top)
+    store(source.minima, t * width, bottom)
+
+
+@jit
+def strip_needs_mending(source, n_columns, n, tiles, tile_size):
+    """Whether any of the rows of a strip has probabilities that are to be mended."""
+    like = register_of(tiles, 0.0)
+    width = lanes_in(like)
+    for t in range((n_columns + width - 1) // width):
+        tile = pointer_to(address_of(tiles, t * tile_size), tiles)
+        smallest, largest = load(source.minima, t * width, like), load(source.maxima, t * width, like)
+        if needs_mending(tile, 0, n * width, smallest, largest, n):
+            return True
+    return False
 
 
 @inline
@@ -474,14 +497,18 @@ def _strip_writer(operation):
     return write
 
 
-write_scaled_strip, write_recomputed_strip, write_different_strip = map(_strip_writer, (scale, exp_and_scale, subtract))
+write_scaled_strip, write_recomputed_strip, write_mended_strip, write_different_strip = map(
+    _strip_writer, (scale, exp_and_scale, exp_and_mend, subtract)
+)
 
 
 @jit
-def write_strip(function, is_long, tiles, tile_size, n_columns, n, endings, y, at, step, streaming):
-    """Write results of a strip whose tiles hold terms, or elements if it is of long rows."""
+def write_strip(function, is_long, mends, tiles, tile_size, n_columns, n, endings, y, at, step, streaming):
+    """Write results of a strip whose tiles hold terms, or elements if it is of long rows or `mends` probabilities."""
     if function == LOG_SOFTMAX:
         write_different_strip(tiles, tile_size, n_columns, n, endings, y, at, step, streaming)
+    elif mends:
+        write_mended_strip(tiles, tile_size, n_columns, n, endings, y, at, step, streaming)
     elif is_long:
         write_recomputed_strip(tiles, tile_size, n_columns, n, endings, y, at, step, streaming)
     else:
@@ -490,13 +517,13 @@ def write_strip(function, is_long, tiles, tile_size, n_columns, n, endings, y, a
 
 @jit
 def write_stored_strip(
-    function, is_long, tiles, tile_size, n_columns, n, endings, storage, address, at, step, like, row
+    function, is_long, mends, tiles, tile_size, n_columns, n, endings, storage, address, at, step, like, row
 ):  # fmt: skip
     """`write_strip` for results that are converted, a row of them at a time."""
     width = lanes_in(register_of(row, 0.0))
     for element in range(n):
         of_element = pointer_to(address_of(tiles, element * width), tiles)
-        write_strip(function, is_long, of_element, tile_size, n_columns, 1, endings, row, 0, 0, False)
+        write_strip(function, is_long, mends, of_element, tile_size, n_columns, 1, endings, row, 0, 0, False)
         write_block(row, 0, like, storage, address, at + element * step, 0, 1, 1, n_columns)
 
 
@@ -510,31 +537,37 @@ def fold_long_strip(function, source, n_columns, n, tiles, tile_size, states, wo
         for t in range((n_columns + width - 1) // width):
             tile = pointer_to(address_of(tiles, t * tile_size), tiles)
             largest = load(source.maxima, t * width, register_of(tiles, 0.0))
-            count = min(width, n_columns - t * width)
+            count, smallest = min(width, n_columns - t * width), largest
             if function == SOFTMAX:
+                smallest = load(source.minima, t * width, largest)
+                smallest = counted_smallest(tile, 0, size * width, smallest, largest)
                 folded = without_top(fold_tile(tile, largest, count, size, False, Upcoming(tile, 0, 0), work))
             else:
                 folded = fold_others_of_tile(tile, largest, count, size, Upcoming(tile, 0, 0), work)
             for row in range(count):
-                state = state_in(folded, row)
-                i = 3 * (t * width + row)
+                state, column, least = state_in(folded, row), t * width + row, np.float64(lane(smallest, row))
                 if first:
-                    old = _state.State(states[i], states[i + 1], states[i + 2])
-                    state = _state.merge(old, state, constants(tiles).state)
-                states[i], states[i + 1], states[i + 2] = state
+                    state = _state.merge(load_state(states, column), state, constants(tiles).state)
+                    least = min(least, load_smallest(states, column))
+                store_state(states, column, state, least)
 
 
 @jit
-def end_long_strip(function, n_columns, states, endings, log_sums):
+def end_long_strip(function, n_columns, n, states, endings, log_sums):
+    """Make endings of states, and tell whether probabilities are to be mended."""
+    mends = False
     for column in range(n_columns):
         state = load_state(states, column)
         folded = folded_of(state, endings)
         if function == SOFTMAX:
             whole = with_top(folded)
             put_ending(endings, column, normalize(whole.largest, whole.high, whole.low, whole.reference))
+            smallest = register_of(endings, load_smallest(states, column))
+            mends = mends or is_below_mended(smallest, folded.largest, n)
         else:
             log_sum, log_sums[column] = log_sums_of_row(state, folded)
             put_ending(endings, column, differences(folded.largest, register_of(endings, log_sum), folded.reference))
+    return mends
 
 
 @jit_entry
@@ -550,8 +583,9 @@ def run_strips(
     endings, log_sums = pointer_to(room, like), pointer_to(room + ENDINGS_BYTES, like)
     row = pointer_to(room + ENDINGS_BYTES + STRIP_BYTES, like)
     maxima = pointer_to(room + ENDINGS_BYTES + 2 * STRIP_BYTES, like)
-    states = pointer_to(room + ENDINGS_BYTES + 3 * STRIP_BYTES, 0.0)
-    tiles = pointer_to(room + ENDINGS_BYTES + 3 * STRIP_BYTES + STATES_BYTES, like)
+    minima = pointer_to(room + ENDINGS_BYTES + 3 * STRIP_BYTES, like)
+    states = pointer_to(room + ENDINGS_BYTES + ROOMS_BYTES, 0.0)
+    tiles = pointer_to(room + ENDINGS_BYTES + ROOMS_BYTES + STATES_BYTES, like)
     inner, x_step, y_step = kept[(n_kept - 1) * COLUMNS + SIZE], kept[n_kept * COLUMNS + X], kept[n_kept * COLUMNS + Y]
     per_inner = count_strips(inner, itemsize_of(y), streaming)
     # The first strip leaves out some columns, for the others to begin at a cache line.
@@ -572,18 +606,19 @@ def run_strips(
             next_at = offset_of((strip + 1) // per_inner, kept, n_kept - 1, X)
             next_at += max((strip + 1) % per_inner * columns - left_out, 0)
             next_step = x_step
-        source = StripSource(storages[0], x_address, at, x_step, like, row, maxima)
+        source = StripSource(storages[0], x_address, at, x_step, like, row, maxima, minima)
         if is_long:
             fold_long_strip(function, source, n_columns, n, tiles, tile_size, states, work)
-            end_long_strip(function, n_columns, states, endings, log_sums)
+            mends = end_long_strip(function, n_columns, n, states, endings, log_sums)
         else:
             copy_strip(source, 0, n_columns, n, tiles, tile_size)
+            mends = function == SOFTMAX and strip_needs_mending(source, n_columns, n, tiles, tile_size)
             for t in range((n_columns + width - 1) // width):
                 tile = pointer_to(address_of(tiles, t * tile_size), like)
                 results = pointer_to(address_of(log_sums, t * width), like)
                 count, largest = min(width, n_columns - t * width), load(maxima, t * width, register_of(y, 0.0))
                 upcoming = Upcoming(x, next_at + t * width, next_step)
-                end = end_of_tile(function, tile, largest, count, n, results, upcoming, work)
+                end = end_of_tile(function, tile, largest, count, n, not mends, results, upcoming, work)
                 store_ending(endings, t, end)
         if function == LOGSUMEXP:
             write_block(log_sums, 0, like, storages[1], y_address, y_at, 0, 1, 1, n_columns)
@@ -592,7 +627,7 @@ def run_strips(
             size = min(length, n - first)
             if is_long:
                 copy_strip(source, first, n_columns, size, tiles, tile_size)
-            of_tiles = (function, is_long, tiles, tile_size, n_columns, size, endings)
+            of_tiles = (function, is_long, mends, tiles, tile_size, n_columns, size, endings)
             if is_written:
                 write_strip(*of_tiles, y, y_at + first * y_step, y_step, streaming)
             else:
