@@ -327,7 +327,7 @@ cdef inline vec raised_product(vec v, vec raised, vec low) noexcept nogil:
 cdef inline vec mended(vec probability, vec term, vec residual, const vec* finishers) noexcept nogil:
     """A probability from its term and what rounding took from that, where it is below `mending_edge` and not 0.
 
-    Of terms and products that are rounded before it, a subnormal one is up to 1.3 of its steps off; it is 0.8 then.
+    Of terms and products that are rounded before it, a subnormal one is up to 1.41 of its steps off; then it is 0.87.
     """
     cdef vec raise_by = splat(2.0**64, &term), factor = finishers[FACTOR] * raise_by, edge = mending_edge(finishers)
     cdef vec low = times_plus(term, finishers[FACTOR_LOW] * raise_by, residual * factor)
