@@ -37,7 +37,7 @@ cdef extern from "Python.h":
 
 
 cnp.import_array()
-has_large_first_cache = first_cache_of_amd() >= 48
+is_zen_5 = first_cache_of_amd() >= 48
 
 cdef enum Function:
     SOFTMAX

@@ -79,7 +79,7 @@ cdef extern from "simd.h" nogil:
     long power_of_two_from(long n)
     void prefetch(const void* p)
     void prefetch_far(const char* p, long step, int count)
-    bint has_large_first_cache
+    bint is_zen_5
     int first_cache_of_amd()
     void stream_fence()
     bint processor_runs(const char* tier)

@@ -397,6 +397,8 @@ def copy_tiles(x, at, source, count, n, tiles, t, tile_size, nothing):
     top, bottom, width, step = nothing, filled(nothing, math.inf), lanes_in(register_of(x, 0.0)), source.step
     for element in range(n):
         prefetch(x, at + (element + PREFETCHED_ROWS) * step, nothing)
+        # Rows that are no multiple of a line apart end in one line more.
+        prefetch(x, at + (element + PREFETCHED_ROWS) * step + lanes_in(nothing) - 1, register_of(x, 0.0))
         logits = load_within(x, at + element * step, count, nothing)
         top, bottom = maximum(logits, top), minimum(logits, bottom)  # in this order a NaN is passed over
         of_tiles = parts(logits)
@@ -482,6 +484,7 @@ def _strip_writer(operation):
                 tile_at, row = t * tile_size + element * width, at + element * step + t * width
                 if not streams:
                     prefetch(y, row + PREFETCHED_LINES * step, group_of(y, 0.0))
+                    prefetch(y, row + PREFETCHED_LINES * step + 4 * width - 1, register_of(y, 0.0))
                 put(tiles, tile_at, a, y, row, streams)
                 put(tiles, tile_at + tile_size, b, y, row + width, streams)
                 put(tiles, tile_at + 2 * tile_size, c, y, row + 2 * width, streams)
