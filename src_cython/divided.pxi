@@ -365,7 +365,8 @@ cdef void run_divided_rows(
         top = get(&largest, row)
         make_divisor(temperature, splat(top, reference), divisor)
         fold_divided_elements(
-            x[row], terms[row], n, not apart and not is_mended[row], apart, find_largest(x[row], n, top) if apart and fabs(top) < INFINITY else n,
+            x[row], terms[row], n, not apart and not is_mended[row], apart,
+            find_largest(x[row], n, top) if apart and fabs(top) < INFINITY else n,
             divisor, &highs[row], &lows[row])
     transpose(highs)
     transpose(lows)

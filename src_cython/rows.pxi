@@ -93,7 +93,8 @@ cdef inline bint needs_mending(
     const vec* x, Py_ssize_t n, vec smallest, vec largest, double n_of_row, double temperature
 ) noexcept nogil:
     """Whether any of n logits may have a probability below `mending_edge` that is not 0, in a row or rows of a tile."""
-    return is_far_below(smallest, largest, temperature) and is_below_mended(counted_smallest(x, n, smallest, largest, temperature), largest, n_of_row, temperature)
+    return is_far_below(smallest, largest, temperature) and is_below_mended(
+        counted_smallest(x, n, smallest, largest, temperature), largest, n_of_row, temperature)
 
 
 cdef inline bint is_far_below(vec smallest, vec largest, double temperature) noexcept nogil:

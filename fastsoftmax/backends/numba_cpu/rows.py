@@ -689,7 +689,7 @@ def fold_chunks(function, x, at, n, reduced, n_reduced, chunk, end, keep, terms,
             folded = fold_others(source, count, work)
         for s in range(count):
             smallest = math.inf
-            for i in range(lanes_in(folded.high)):
+            for i in range(lanes_in(folded.high) if function == SOFTMAX else 0):
                 smallest = min(smallest, np.float64(work.smallest[s * lanes_in(folded.high) + i]))
             store_state(states, chunk + s, state_in(folded, s), smallest)
         chunk += count
