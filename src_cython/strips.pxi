@@ -18,6 +18,7 @@ cdef enum:
     # third cache of Zen 5 gives back soon enough what the second one loses: they take 3.7 ms, and would take 4.7.
     STAYING_BYTES = 524288
     STAYING_BYTES_OF_ZEN_5 = 2621440
+    MANY_STRIPS = 16  # fewer are as narrow there as elsewhere, for threads to have their share of
     PREFETCH_ROWS = 8  # how many rows ahead the next ones are fetched; strides are too long for the processor to
 
 
@@ -27,7 +28,8 @@ cdef inline Py_ssize_t strip_columns(Py_ssize_t n, Py_ssize_t size, Py_ssize_t n
     The last one is not much narrower than the others: (64, 100, 1000) float32 on axis 1 take 2.5 ms instead of 2.6.
     """
     cdef Py_ssize_t n_tiles = STRIP_BYTES // (max(n, <Py_ssize_t>1) * REGISTER_BYTES), group, n_strips
-    cdef Py_ssize_t least = TALL_STRIP_BYTES if n * MIN_STRIP_BYTES > staying_bytes() else MIN_STRIP_BYTES
+    cdef Py_ssize_t staying = staying_bytes() if n_columns * size >= MANY_STRIPS * MIN_STRIP_BYTES else STAYING_BYTES
+    cdef Py_ssize_t least = TALL_STRIP_BYTES if n * MIN_STRIP_BYTES > staying else MIN_STRIP_BYTES
     n_tiles = min(max(n_tiles, least // size // lanes(like), <Py_ssize_t>ABREAST // 2), <Py_ssize_t>MAX_TILES)
     group = (ABREAST if n_tiles >= ABREAST else ABREAST // 2) * lanes(like)
     n_strips = rounded_up_quotient(n_columns, n_tiles * lanes(like) // group * group)
