@@ -51,6 +51,7 @@ from . import (
     tiles,
     weighted,
 )
+from .registers import HAS_HALF
 
 READS = frozenset({"float16", "bfloat16"})
 CONVERTS = frozenset(stored.STORAGES)
@@ -72,6 +73,9 @@ _NOTHING = np.empty(0, np.uint8)
 # They tell kernels the dtype that elements of so many bytes are computed in: Numba's dispatcher knows the type of an
 # array in a fifth of the time of a scalar's.
 _LIKE: dict[int, Array] = {2: np.empty(0, np.float32), 4: np.empty(0, np.float32), 8: np.empty(0, np.float64)}
+
+# The same for elements of 16 bits, by their storage.
+_IMAGES = {stored.FLOAT16: np.empty(0, np.uint16), stored.BFLOAT16: np.empty(0, np.int16)}
 
 # Each thread gets at least this many elements: handing a block to a thread of Python's pool and waiting for it costs
 # 20-100 us, in which one core finishes up to 500,000 float32 elements.
@@ -114,12 +118,20 @@ def _make_adjusted_plan(
         traversal = "tiles"
     elif layout.has_adjacent_rows and not layout.has_contiguous_rows:
         traversal, n_units = "strips", _count_strips(layout, itemsize)
+    elif is_only_converted and _is_of_16_bits(layout, itemsize):
+        traversal = "rows"
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = 1 if n_threads == 1 else min(n_units, n_threads * BLOCKS_PER_THREAD)
     exponentials: Exponentials = "recompute" if function == "softmax" else "none"
     if function == "softmax" and is_only_converted and layout.n_cols * itemsize <= rows.CHUNK_BYTES:
         exponentials = "scratch"
     return Plan(function, "numba", None, Schedule(traversal, exponentials, False, min(n_threads, n_blocks), n_blocks))
+
+
+def _is_of_16_bits(layout: Layout, itemsize: int) -> bool:
+    """Whether rows are of 16 bits and up to a chunk, whose loads and stores convert them."""
+    both = layout.itemsize == 2 == layout.y_itemsize and HAS_HALF
+    return both and layout.has_contiguous_rows and layout.n_cols * itemsize <= rows.CHUNK_BYTES
 
 
 def _is_of_tiles(layout: Layout, itemsize: int) -> bool:
@@ -197,7 +209,7 @@ class _Call(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _prepare(plan: Plan, layout: Layout, itemsize: int, storages: tuple[int, int]) -> _Call:
-    """Prepare calls that compute in `itemsize`; rows that are no tiles or strips have it in memory too."""
+    """Prepare calls that compute in `itemsize`; rows that are no tiles or strips have it in memory too, or 16 bits."""
     schedule, n = plan.schedule, layout.n_cols
     like, function = _LIKE[itemsize], _FUNCTIONS[plan.function]
     n_units, n_reduced = layout.n_rows, 0
@@ -208,6 +220,10 @@ def _prepare(plan: Plan, layout: Layout, itemsize: int, storages: tuple[int, int
     elif schedule.traversal == "strips":
         kernel, leading = tiles.run_strips, (like, function, schedule.streaming, storages)
         n_units, room = _count_strips(layout, itemsize, schedule.streaming), tiles.bytes_of_strip(n, itemsize)
+    elif layout.itemsize == 2:
+        image = _IMAGES[storages[0]]
+        kernel, leading = converted.run_adjacent, (like, image, function, schedule.streaming)
+        room = converted.bytes_of_converted(n, itemsize)
     else:
         kernel, leading = rows.run_rows, (like, function, _EXPONENTIALS[schedule.exponentials], schedule.streaming)
         n_reduced = len(layout.reduced) if schedule.traversal == "gather" else 0

@@ -98,7 +98,7 @@ def run_converted(like, function, storages, addresses, factors, tables, n_kept, 
     work = make_work(stack_memory(BYTES_OF_WORK), like)
     factor[0] = 1.0
     is_long = n > chunk_of(room)
-    together = 1 if is_long else rows_together(room, n)
+    together = 1 if is_long else rows_together(room, n, CHUNK_BYTES)
     for row in range(first, end, together):
         count = min(together, end - row)
         if not is_long:
@@ -120,3 +120,23 @@ def run_converted(like, function, storages, addresses, factors, tables, n_kept, 
             size = 1 if function == LOGSUMEXP else n
             _multiply(room, s * n, size, factor[0])
             distribute_stored(room, s * n, like, storages[1], addresses[1], y_at, reduced, n_reduced, 0, size)
+
+
+@jit_entry
+def run_adjacent(
+    like, image, function, streaming, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch
+):
+    """Run rows of up to a chunk of adjacent elements of 16 bits, which loads and stores convert.
+
+    `image` is an array of the integers that have their bits.
+    """
+    x, y = pointer_to(x_address, image), pointer_to(y_address, image)
+    kept, room = pointer_to(tables, 0), pointer_to(scratch, like)
+    work = make_work(stack_memory(BYTES_OF_WORK), like)
+    together = rows_together(room, n, CHUNK_BYTES)
+    for row in range(first, end, together):
+        count = min(together, end - row)
+        for s in range(count):
+            work.places[s], work.results[s] = offset_of(row + s, kept, n_kept, X), offset_of(row + s, kept, n_kept, Y)
+            work.terms[s], work.sizes[s] = s * n, n
+        run_batch(function, x, y, count, n, room, streaming, work)

@@ -33,12 +33,13 @@ from .registers import (
     load_first,
     parts,
     pointer_to,
-    prefetch,
+    prefetch_far,
     register_of,
     repeat,
     stack_memory,
     store,
     store_first,
+    store_number,
     stream,
     turn,
     where,
@@ -134,7 +135,8 @@ def make_work(memory, like):
 @inline
 def to_boundary(x, at):
     """The number of elements up to the next multiple of a register's size in memory."""
-    return (-address_of(x, at) & (REGISTER_BYTES - 1)) // itemsize_of(x)
+    size = lanes_in(register_of(x, 0.0)) * itemsize_of(x)
+    return (-address_of(x, at) & (size - 1)) // itemsize_of(x)
 
 
 @inline
@@ -276,7 +278,7 @@ def sum_terms(x, at, n, fill, wide, keep, terms, terms_at):
     done = 0
     while done < n:
         logits = load_within(x, at + done, n - done, fill)
-        prefetch(x, at + done + PREFETCHED_BYTES // itemsize_of(x), fill)
+        prefetch_far(x, at + done + PREFETCHED_BYTES // itemsize_of(x), fill)
         term, high, low = fold_logits(logits, high, low, wide)
         if keep:
             store_within(terms, terms_at + done, n - done, term)
@@ -364,7 +366,7 @@ def fold_segments(x, count, of_softmax, keep, are_rows, terms, work):
     if any_of(size_of(largest) > constants(x).largest):
         for s in range(count):
             if math.isinf(lane(largest, s)):
-                high = with_lane(high, s, math.nan if has_nan(x, work.places[s], 1, work.sizes[s]) else 0.0)
+                high = with_lane(high, s, math.nan if has_nan(x, work.places[s], work.sizes[s]) else 0.0)
                 low = with_lane(low, s, 0.0)
     return Folded(largest, high, low, reference)
 
@@ -420,11 +422,13 @@ def fold_others(x, count, work):
 
 
 @jit
-def has_nan(x, at, step, n):
-    for j in range(n):
-        if math.isnan(x[at + j * step]):
-            return True
-    return False
+def has_nan(x, at, n):
+    seen, done = register_of(x, 0.0), 0
+    while done < n:
+        v = load_within(x, at + done, n - done, register_of(x, 0.0))
+        seen = where(v == v, seen, 1.0)
+        done += lanes_in(seen)
+    return any_of(seen > 0.0)
 
 
 @inline
@@ -514,11 +518,15 @@ def run_batch(function, x, y, count, n, terms, streaming, work):
         # Where rows follow each other, a cache line that two of them share would be written in parts.
         together = streaming and work.results[count - 1] - work.results[0] == (count - 1) * n
         for s in range(count):
-            target, at = (terms, work.terms[s]) if together else (y, work.results[s])
-            if is_mended(x, s, folded.largest, n, work):
-                write_mended(x, work.places[s], target, at, n, ending_in(end, s, x), streaming and not together)
+            of_row, mends = ending_in(end, s, x), is_mended(x, s, folded.largest, n, work)
+            if mends and together:
+                write_mended(x, work.places[s], terms, work.terms[s], n, of_row, False)
+            elif mends:
+                write_mended(x, work.places[s], y, work.results[s], n, of_row, streaming)
+            elif together:
+                write_scaled(terms, work.terms[s], terms, work.terms[s], n, of_row, False)
             else:
-                write_scaled(terms, work.terms[s], target, at, n, ending_in(end, s, x), streaming and not together)
+                write_scaled(terms, work.terms[s], y, work.results[s], n, of_row, streaming)
         if together:
             write_copies(terms, work.terms[0], y, work.results[0], count * n, ending_in(end, 0, x), True)
         return
@@ -526,7 +534,7 @@ def run_batch(function, x, y, count, n, terms, streaming, work):
     of_others, log_sums = put_log_sums(folded, work)
     for s in range(count):
         if function == LOGSUMEXP:
-            y[work.results[s]] = log_sums[s]
+            store_number(y, work.results[s], log_sums[s])
         else:
             end = differences(register_of(x, lane(folded.largest, s)), register_of(x, of_others[s]), folded.reference)
             write_differences(x, work.places[s], y, work.results[s], n, end, streaming)
@@ -560,9 +568,9 @@ def bytes_of_states(n_chunks):
 
 
 @inline
-def rows_together(x, n):
-    """Rows to a batch."""
-    return max(1, min(BATCH_BYTES // (n * itemsize_of(x)), lanes_in(register_of(x, 0.0))))
+def rows_together(x, n, n_bytes=BATCH_BYTES):
+    """Rows to a batch of so many bytes."""
+    return max(1, min(n_bytes // (n * itemsize_of(x)), lanes_in(register_of(x, 0.0))))
 
 
 @inline

@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from .jit import by_dtype, inline, jit
-from .registers import itemsize_of, pointer_to
+from .registers import HAS_HALF, group_of, itemsize_of, lanes_in, load, pointer_to, store
 from .rows import COLUMNS, SIZE, X, Y, offset_of, stretch_of
 
 # By number, as kernels know them.
@@ -129,7 +129,39 @@ def _select_brain_image(value):
     return _brain_image_of_single if value == types.float32 else lambda value: _image16(value, 7, 127)
 
 
-def _reader(decode):
+@inline
+def _no_registers(x, at, n, y, y_at):
+    return 0
+
+
+@inline
+def _read_registers(x, at, n, y, y_at):
+    """Read as many of n adjacent elements as fill groups of registers; tell how many."""
+    group, done = group_of(y, 0.0), 0
+    while done + lanes_in(group) <= n:
+        store(y, y_at + done, load(x, at + done, group))
+        done += lanes_in(group)
+    return done
+
+
+def _write_registers(x, at, n, y, y_at):
+    """Write as many; of float64 none, which no instruction rounds to 16 bits at once."""
+
+
+def _write_singles(x, at, n, y, y_at):
+    group, done = group_of(x, 0.0), 0
+    while done + lanes_in(group) <= n:
+        store(y, y_at + done, load(x, at + done, group))
+        done += lanes_in(group)
+    return done
+
+
+@by_dtype(_write_registers)
+def _select_write_registers(x, at, n, y, y_at):
+    return _write_singles if x.dtype == types.float32 else lambda x, at, n, y, y_at: 0
+
+
+def _reader(decode, read_registers=_no_registers):
     """A function that copies rows of elements, both of them evenly apart, to adjacent numbers."""
 
     @jit
@@ -137,7 +169,7 @@ def _reader(decode):
         for i in range(n_rows):
             row, at = start + i * row_step, y_at + i * n
             if step == 1:  # LLVM loads registers here
-                for j in range(n):
+                for j in range(read_registers(x, row, n, y, at), n):
                     y[at + j] = _rounded(like, decode(x[row + j]))
             else:
                 for j in range(n):
@@ -146,7 +178,7 @@ def _reader(decode):
     return read
 
 
-def _writer(encode):
+def _writer(encode, write_registers=_no_registers):
     """A function that copies adjacent numbers, rounded to the type that is computed in, to rows of elements."""
 
     @jit
@@ -154,7 +186,7 @@ def _writer(encode):
         for i in range(n_rows):
             row, at = start + i * row_step, x_at + i * n
             if step == 1:
-                for j in range(n):
+                for j in range(write_registers(x, at, n, y, row), n):
                     y[row + j] = encode(_rounded(like, x[at + j]))
             else:
                 for j in range(n):
@@ -163,8 +195,11 @@ def _writer(encode):
     return write
 
 
-_read_numbers, _read_truths, _read_halves, _read_brains = map(_reader, (_number, _truth, _half, _brain))
-_write_numbers, _write_halves, _write_brains = map(_writer, (_number, _half_image, _brain_image))
+_of_halves = (_read_registers, _write_registers) if HAS_HALF else (_no_registers, _no_registers)
+_read_numbers, _read_truths = _reader(_number), _reader(_truth)
+_read_halves, _read_brains = _reader(_half, _of_halves[0]), _reader(_brain, _read_registers)
+_write_numbers = _writer(_number)
+_write_halves, _write_brains = _writer(_half_image, _of_halves[1]), _writer(_brain_image, _write_registers)
 
 
 @jit
@@ -178,7 +213,7 @@ def _read_floats(storage, address, start, row_step, n_rows, step, n, like, y, y_
     elif storage == FLOAT16:
         _read_halves(pointer_to(address, np.uint16(0)), *rows, *copy)
     else:
-        _read_brains(pointer_to(address, np.uint16(0)), *rows, *copy)
+        _read_brains(pointer_to(address, np.int16(0)), *rows, *copy)
 
 
 @jit
@@ -218,7 +253,7 @@ def write_block(x, x_at, like, storage, address, start, row_step, n_rows, step, 
     elif storage == FLOAT16:
         _write_halves(x, x_at, like, pointer_to(address, np.uint16(0)), *rows)
     else:
-        _write_brains(x, x_at, like, pointer_to(address, np.uint16(0)), *rows)
+        _write_brains(x, x_at, like, pointer_to(address, np.int16(0)), *rows)
 
 
 @inline

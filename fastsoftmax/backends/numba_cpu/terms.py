@@ -121,7 +121,7 @@ def _select_constants(v):
     def constants64(v):
         return _FLOAT64
 
-    return constants32 if v.dtype == types.float32 else constants64
+    return constants64 if v.dtype == types.float64 else constants32
 
 
 def _powers(dtype):

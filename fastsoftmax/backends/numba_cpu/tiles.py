@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
 from numba.extending import register_jitable
 
 from fastsoftmax import _state
@@ -20,6 +21,7 @@ from . import rows
 from .jit import by_dtype, inline, jit, jit_entry
 from .registers import (
     GROUP,
+    HAS_HALF,
     REGISTER_BYTES,
     address_of,
     any_of,
@@ -41,7 +43,6 @@ from .registers import (
     stream,
     turn,
     where,
-    with_lane,
 )
 from .rows import (
     BYTES_OF_STATE,
@@ -59,7 +60,6 @@ from .rows import (
     counted_smallest,
     differences,
     folded_of,
-    has_nan,
     lacking,
     load_smallest,
     load_state,
@@ -79,7 +79,7 @@ from .rows import (
     without_top,
     write_copies,
 )
-from .stored import read_any, read_rows, storage_of, write_block, write_rows
+from .stored import BFLOAT16, FLOAT16, read_any, read_rows, storage_of, write_block, write_rows
 from .terms import (
     Ending,
     Reference,
@@ -246,9 +246,9 @@ def fold_tile(tile, largest, count, n, keep, upcoming, work):
     infinite = any_of(size_of(largest) > constants(tile).largest)
     nans = filled(largest, 0.0)
     if infinite:
-        for row in range(count):
-            if has_nan(tile, row, width, n):
-                nans = with_lane(nans, row, math.nan)
+        for element in range(n):
+            v = load(tile, element * width, nans)
+            nans = where(v == v, nans, math.nan)
     high, low = sum_tile(tile, n, reference, keep, upcoming, work)
     if infinite:
         is_finite = size_of(largest) <= constants(tile).largest
@@ -367,16 +367,16 @@ class StripSource(NamedTuple):
 def copy_strip(source, first, n_columns, n, tiles, tile_size):
     """Copy n elements of each row, from `first` on, to tiles, and find the extremes of those that are not NaN."""
     x, at = pointer_to(source.address, source.like), source.at + first * source.step
-    nothing, wide = register_of(x, -math.inf), group_of(x, -math.inf)
-    width, column = lanes_in(nothing), 0
+    nothing = register_of(x, -math.inf)
+    width = lanes_in(nothing)
     if source.storage == storage_of(x):
-        while column + lanes_in(wide) <= n_columns:
-            copy_tiles(x, at + column, source, lanes_in(wide), n, tiles, column // width, tile_size, wide)
-            column += lanes_in(wide)
-        while column < n_columns:
-            count = n_columns - column
-            copy_tiles(x, at + column, source, count, n, tiles, column // width, tile_size, nothing)
-            column += width
+        copy_columns(x, at, source, n_columns, n, tiles, tile_size)
+        return
+    if source.storage == FLOAT16 and HAS_HALF:
+        copy_columns(pointer_to(source.address, np.uint16(0)), at, source, n_columns, n, tiles, tile_size)
+        return
+    if source.storage == BFLOAT16:
+        copy_columns(pointer_to(source.address, np.int16(0)), at, source, n_columns, n, tiles, tile_size)
         return
     for element in range(n):
         at_element = at + element * source.step
@@ -391,10 +391,24 @@ def copy_strip(source, first, n_columns, n, tiles, tile_size):
         store(source.minima, t * width, bottom)
 
 
+@inline
+def copy_columns(x, at, source, n_columns, n, tiles, tile_size):
+    """`copy_strip` for elements that loads convert, a group of tiles at a time."""
+    nothing, wide = register_of(tiles, -math.inf), group_of(tiles, -math.inf)
+    width, column = lanes_in(nothing), 0
+    while column + lanes_in(wide) <= n_columns:
+        copy_tiles(x, at + column, source, lanes_in(wide), n, tiles, column // width, tile_size, wide)
+        column += lanes_in(wide)
+    while column < n_columns:
+        count = n_columns - column
+        copy_tiles(x, at + column, source, count, n, tiles, column // width, tile_size, nothing)
+        column += width
+
+
 @jit
 def copy_tiles(x, at, source, count, n, tiles, t, tile_size, nothing):
     """`copy_strip` for up to as many columns as `nothing` has lanes, which make tiles from the t-th on."""
-    top, bottom, width, step = nothing, filled(nothing, math.inf), lanes_in(register_of(x, 0.0)), source.step
+    top, bottom, width, step = nothing, filled(nothing, math.inf), lanes_in(register_of(tiles, 0.0)), source.step
     for element in range(n):
         prefetch(x, at + (element + PREFETCHED_ROWS) * step, nothing)
         # Rows that are no multiple of a line apart end in one line more.
@@ -467,7 +481,7 @@ def _strip_writer(operation):
 
     @inline
     def put(tiles, tile_at, end, y, at, streams):
-        v = operation(load(tiles, tile_at, register_of(y, 0.0)), end)
+        v = operation(load(tiles, tile_at, register_of(tiles, 0.0)), end)
         if streams:
             stream(y, at, v)
         else:
@@ -493,7 +507,7 @@ def _strip_writer(operation):
         while t * width < n_columns:
             end, count = load_ending(endings, t), n_columns - t * width
             for element in range(n):
-                v = operation(load(tiles, t * tile_size + element * width, register_of(y, 0.0)), end)
+                v = operation(load(tiles, t * tile_size + element * width, register_of(tiles, 0.0)), end)
                 store_within(y, at + element * step + t * width, count, v)
             t += 1
 
@@ -518,16 +532,39 @@ def write_strip(function, is_long, mends, tiles, tile_size, n_columns, n, ending
         write_scaled_strip(tiles, tile_size, n_columns, n, endings, y, at, step, streaming)
 
 
+def write_stored_strip(of_tiles, place):
+    """`write_strip` for results that are converted."""
+
+
 @jit
-def write_stored_strip(
-    function, is_long, mends, tiles, tile_size, n_columns, n, endings, storage, address, at, step, like, row
-):  # fmt: skip
-    """`write_strip` for results that are converted, a row of them at a time."""
+def _write_by_rows(of_tiles, place):
+    """A row of the array at a time, for any storage."""
+    function, is_long, mends, tiles, tile_size, n_columns, n, endings = of_tiles
+    storage, address, at, step, like, row = place
     width = lanes_in(register_of(row, 0.0))
     for element in range(n):
         of_element = pointer_to(address_of(tiles, element * width), tiles)
         write_strip(function, is_long, mends, of_element, tile_size, n_columns, 1, endings, row, 0, 0, False)
         write_block(row, 0, like, storage, address, at + element * step, 0, 1, 1, n_columns)
+
+
+def _write_any(of_tiles, place):
+    _write_by_rows(of_tiles, place)
+
+
+def _write_16_bits(of_tiles, place):
+    storage, address, at, step, _, _ = place
+    if storage == FLOAT16 and HAS_HALF:
+        write_strip(*of_tiles, pointer_to(address, np.uint16(0)), at, step, False)
+    elif storage == BFLOAT16:
+        write_strip(*of_tiles, pointer_to(address, np.int16(0)), at, step, False)
+    else:
+        _write_by_rows(of_tiles, place)
+
+
+@by_dtype(write_stored_strip)
+def _select_write_stored_strip(of_tiles, place):
+    return _write_16_bits if of_tiles[3].dtype == types.float32 else _write_any  # stores convert float32 alone
 
 
 @jit
@@ -634,4 +671,4 @@ def run_strips(
             if is_written:
                 write_strip(*of_tiles, y, y_at + first * y_step, y_step, streaming)
             else:
-                write_stored_strip(*of_tiles, storages[1], y_address, y_at + first * y_step, y_step, like, row)
+                write_stored_strip(of_tiles, (storages[1], y_address, y_at + first * y_step, y_step, like, row))
