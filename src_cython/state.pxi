@@ -19,7 +19,9 @@ cdef enum:
     # The sum of a row is taken in chunks of this many bytes, merged in order. A chunk fits the L1 cache, where it waits
     # from the search for its maximum until its exponentials.
     CHUNK_BYTES = 32768
-    SHORT = 64  # elements of a short row: see `sum_base`
+    # Elements of a short row: see `sum_base`. Tiles of short rows keep one high part for all lanes, for which (32, 1024)
+    # float32 on axis 0 take 5 % less.
+    SHORT = 64
 
 cdef extern from *:
     """
@@ -129,8 +131,8 @@ cdef inline vec is_finite_then(vec v, vec finite, vec otherwise) noexcept nogil:
 cdef inline vec sum_base(Py_ssize_t n, const vec* like) noexcept nogil:
     """A power of two above every term of a chunk of n elements whose reference is at its maximum.
 
-    If there are at most SHORT, it is above their sum as well: then high parts are multiples of one power of two, and add up
-    exactly in any order.
+    If there are at most SHORT, it is above their sum as well: then high parts are multiples of one power of two, and add
+    up exactly in any order.
     """
     return splat(by_type(2.0**65, 2.0**101, like) * (power_of_two_from(n) if n <= SHORT else 2), like)
 
