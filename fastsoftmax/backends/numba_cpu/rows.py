@@ -273,7 +273,7 @@ def sum_segment(x, at, n, smallest, reference, keep, terms, terms_at):
 @jit
 def sum_terms(x, at, n, fill, wide, keep, terms, terms_at):
     """The sums of the lanes, where `fill` stands behind the end."""
-    base = sum_base(fill)
+    base = sum_base(fill, n)
     high, low = register_of(x, base), register_of(x, 0.0)
     done = 0
     while done < n:

@@ -20,7 +20,7 @@ from fastsoftmax import _state
 from fastsoftmax._state import FLOAT32_WIDE, FLOAT64, Precision
 
 from .jit import by_dtype, inline
-from .registers import HAS_FMA, REGISTER_BYTES, any_of, call, floor, fma, in_parts, joined, lanes_of, where
+from .registers import HAS_FMA, REGISTER_BYTES, any_of, call, filled, floor, fma, in_parts, joined, lanes_of, where
 
 
 class Constants(NamedTuple):
@@ -45,6 +45,8 @@ class Constants(NamedTuple):
     edge: float  # twice the smallest normal number, lest a subnormal probability be rounded to a normal one
     spacing: float  # of numbers, at least, relative to their size
 
+
+SHORT = 64  # elements of a short row: see `sum_base`
 
 _LN2, _LOG2_E = math.log(2.0), 1.0 / math.log(2.0)
 
@@ -333,9 +335,18 @@ def two_sum(a, b):
 
 
 @inline
-def sum_base(v):
-    """A power of two above every term whose reference is that of the maximum."""
-    return 4.0 * 2.0 ** constants(v).top
+def sum_base(v, n):
+    """A power of two above every term of a segment of n whose reference is that of the maximum.
+
+    If there are at most SHORT, it is above their sum as well: then high parts are multiples of one power of two, and
+    add up exactly in any order.
+    """
+    power = 2
+    if n <= SHORT:
+        power = 1
+        while power < n:
+            power *= 2
+    return 2.0 * 2.0 ** constants(v).top * power
 
 
 @inline
@@ -383,12 +394,16 @@ def normalize(largest, high, low, reference):
     factor = 1.0 / total
     factor_low = factor * (minus_product(0.0 * total + 1.0, factor, total) - factor * rest)
     top, top_low = term_at(largest, reference)
-    others = (high - top) + (low - top_low)
-    m = (high / top + c.rounder) - c.rounder
-    distance = size_of(minus_product(high, m, top) + minus_product(low, m, top_low))
-    m = where(others <= top * c.half_ulp, 1.0, where(distance <= high * c.chance, m, math.inf))
-    # Beyond 4096 the digits of the sum no longer rule out chance.
-    return Ending(reference, factor, factor_low, where(m <= 4096.0, 0.75 / m, math.inf), 1.0 / m)
+    ratio = high / top
+    m = (ratio + c.rounder) - c.rounder
+    limit, share = filled(high, math.inf), filled(high, 0.0)
+    if any_of(size_of(ratio - m) <= ratio * 2.0**-12):  # few rows come into question, and two divisions are dear
+        others = (high - top) + (low - top_low)
+        distance = size_of(minus_product(high, m, top) + minus_product(low, m, top_low))
+        m = where(others <= top * c.half_ulp, 1.0, where(distance <= high * c.chance, m, math.inf))
+        # Beyond 4096 the digits of the sum no longer rule out chance.
+        limit, share = where(m <= 4096.0, 0.75 / m, math.inf), 1.0 / m
+    return Ending(reference, factor, factor_low, limit, share)
 
 
 @inline
@@ -403,12 +418,17 @@ def rest_over_top(largest, high, low, reference):
 
 
 @inline
+def scale_untied(term, end):
+    """A term to a probability, rounded once, where no `limit` is finite."""
+    if HAS_FMA:
+        return fma(term, end.factor, term * end.factor_low)
+    return raised_product(term, end.factor * 2.0**64, term * (end.factor_low * 2.0**64))
+
+
+@inline
 def scale(term, end):
     """A term to a probability, rounded once."""
-    if HAS_FMA:
-        v = fma(term, end.factor, term * end.factor_low)
-    else:
-        v = raised_product(term, end.factor * 2.0**64, term * (end.factor_low * 2.0**64))
+    v = scale_untied(term, end)
     return where(end.limit <= v, end.share, v)
 
 

@@ -93,6 +93,7 @@ from .terms import (
     normalize,
     reference_at,
     scale,
+    scale_untied,
     size_of,
     subtract,
     sum_base,
@@ -163,32 +164,34 @@ def _select_sum_tile(tile, n, reference, keep, upcoming, work):
 
 
 def _sum_tiles(tile, n, reference, keep, upcoming, work):
-    """The same for a group of tiles, an element after the other."""
+    """The same for a group of tiles of short rows, an element after the other.
+
+    High parts add up exactly, so that there is one for all lanes.
+    """
     zero = filled(reference.magic, 0.0)
-    base, width, n_lanes = sum_base(zero), lanes_in(zero), lanes_in(register_of(tile, 0.0))
-    used = min(n, n_lanes)
-    for element in range(used):
-        term, high, low = fold_elements(load(tile, element * width, zero), zero + base, zero, reference)
-        store(work.highs, element * width, high)
-        store(work.lows, element * width, low)
-        if keep:
-            store(tile, element * width, term)
-    for element in range(used, n):
-        place = element % n_lanes * width
-        high, low = load(work.highs, place, zero), load(work.lows, place, zero)
+    base, width, n_lanes = sum_base(zero, n), lanes_in(zero), lanes_in(register_of(tile, 0.0))
+    used, high = min(n, n_lanes), zero + base
+    for element in range(n):
+        low, place = zero, element % n_lanes * width
+        if element >= n_lanes:
+            low = load(work.lows, place, zero)
         term, high, low = fold_elements(load(tile, element * width, zero), high, low, reference)
-        store(work.highs, place, high)
         store(work.lows, place, low)
         if keep:
             store(tile, element * width, term)
-    for i in range(used):
-        store(work.highs, i * width, load(work.highs, i * width, zero) - base)
-    return add_registers(zero, used, work)
+    distance = n_lanes // 2
+    while distance:  # as `add_registers`
+        for i in range(min(distance, used - distance)):
+            at, other = i * width, (i + distance) * width
+            store(work.lows, at, load(work.lows, at, zero) + load(work.lows, other, zero))
+        used = min(used, distance)
+        distance //= 2
+    return high - base, load(work.lows, 0, zero)
 
 
 def _sum_one_tile(tile, n, reference, keep, upcoming, work):
     like, wide, references = register_of(tile, 0.0), group_of(tile, 0.0), of_group(reference)
-    base = sum_base(like)
+    base = sum_base(like, n)
     width, used = lanes_in(like), min(n, lanes_in(like))
     for i in range(used):
         store(work.highs, i * width, like + base)
@@ -280,6 +283,23 @@ def end_of_tile(function, tile, largest, count, n, keep, log_sums, upcoming, wor
     return end
 
 
+def _finisher(operation):
+    """A function that makes results of the n elements of a tile."""
+
+    @inline
+    def finish(tile, n, end):
+        for element in range(n):
+            at = element * lanes_in(end.factor)
+            store(tile, at, operation(load(tile, at, end.factor), end))
+
+    return finish
+
+
+finish_with_scale, finish_untied, finish_with_mending, finish_with_subtract = map(
+    _finisher, (scale, scale_untied, exp_and_mend, subtract)
+)
+
+
 @jit_entry
 def run_turned(
     like, function, streaming, storages, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch
@@ -319,12 +339,14 @@ def run_turned(
         if function == LOGSUMEXP:
             write_block(work.tops, 0, like, storages[1], y_address, row * y_step, 0, 1, y_step, count)
             continue
-        for element in range(n):
-            v = load(tile, element * together, nothing)
-            if mends:
-                store(tile, element * together, exp_and_mend(v, ending))
-            else:
-                store(tile, element * together, scale(v, ending) if function == SOFTMAX else subtract(v, ending))
+        if function == LOG_SOFTMAX:
+            finish_with_subtract(tile, n, ending)
+        elif mends:
+            finish_with_mending(tile, n, ending)
+        elif any_of(ending.limit < math.inf):
+            finish_with_scale(tile, n, ending)
+        else:
+            finish_untied(tile, n, ending)
         is_direct = is_written and not streaming
         target, target_at, target_step = (y, row * y_step, y_step) if is_direct else (converted, 0, n)
         for first_row in range(0, count, width):
