@@ -386,6 +386,14 @@ MUTANTS = (
         ("test_dtype_argument.py",),
     ),
     Mutant(
+        "numba-bfloat16-truncated",
+        "fastsoftmax/backends/numba_cpu/registers.py",
+        "builder.add(builder.add(bits, constant(0x7FFF)), odd)",
+        "builder.add(bits, constant(0))",
+        "In the Numba backend registers are truncated to bfloat16, not rounded to nearest.",
+        ("test_16_bits.py",),
+    ),
+    Mutant(
         "numba-chunks-drawn-from-anew",
         "fastsoftmax/backends/numba_cpu/sampling.py",
         "        before = ends[chunk - 1] if chunk else 0.0\n",
