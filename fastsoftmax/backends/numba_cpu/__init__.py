@@ -106,11 +106,17 @@ def _is_only_converted(adjustment: Adjustment) -> bool:
 
 @lru_cache(maxsize=1024)
 def _make_adjusted_plan(
-    function: Function, layout: Layout, itemsize: int, is_only_converted: bool, max_threads: int
+    function: Function,
+    layout: Layout,
+    itemsize: int,
+    is_only_converted: bool,
+    max_threads: int,
+    is_of_16_bits: bool = False,
 ) -> Plan:
     """Choose tiles, strips of adjacent rows, or one row after the other, for elements that are computed in `itemsize`.
 
-    Rows with a mask or a temperature do not come in tiles.
+    Rows with a mask or a temperature do not come in tiles. Elements of 16 bits are converted by loads and stores if
+    they come and go as the same type.
     """
     traversal: Traversal = "gather"
     n_units = layout.n_rows
@@ -118,7 +124,7 @@ def _make_adjusted_plan(
         traversal = "tiles"
     elif layout.has_adjacent_rows and not layout.has_contiguous_rows:
         traversal, n_units = "strips", _count_strips(layout, itemsize)
-    elif is_only_converted and _is_of_16_bits(layout, itemsize):
+    elif is_of_16_bits and HAS_HALF and layout.has_contiguous_rows and layout.n_cols * itemsize <= rows.CHUNK_BYTES:
         traversal = "rows"
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))
     n_blocks = 1 if n_threads == 1 else min(n_units, n_threads * BLOCKS_PER_THREAD)
@@ -126,12 +132,6 @@ def _make_adjusted_plan(
     if function == "softmax" and is_only_converted and layout.n_cols * itemsize <= rows.CHUNK_BYTES:
         exponentials = "scratch"
     return Plan(function, "numba", None, Schedule(traversal, exponentials, False, min(n_threads, n_blocks), n_blocks))
-
-
-def _is_of_16_bits(layout: Layout, itemsize: int) -> bool:
-    """Whether rows are of 16 bits and up to a chunk, whose loads and stores convert them."""
-    both = layout.itemsize == 2 == layout.y_itemsize and HAS_HALF
-    return both and layout.has_contiguous_rows and layout.n_cols * itemsize <= rows.CHUNK_BYTES
 
 
 def _is_of_tiles(layout: Layout, itemsize: int) -> bool:
@@ -146,7 +146,7 @@ def _make_plan(function: Function, layout: Layout, in_place: bool, max_threads: 
     if function == "logsumexp_vjp":  # a softmax, whose rows are then multiplied
         return replace(_make_plan("softmax", layout, in_place, max_threads), function=function)
     if layout.itemsize == 2 and function in _FUNCTIONS:
-        return _make_adjusted_plan(function, layout, 4, True, max_threads)
+        return _make_adjusted_plan(function, layout, 4, True, max_threads, is_of_16_bits=True)
     itemsize = max(4, layout.itemsize)  # 16 bits are computed in 32
     n_bytes, row_bytes = layout.size * itemsize, layout.n_cols * itemsize
     n_threads = max(1, min(layout.size // MIN_ELEMENTS_PER_THREAD, max_threads))

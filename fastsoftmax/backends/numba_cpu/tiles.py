@@ -286,7 +286,7 @@ def end_of_tile(function, tile, largest, count, n, keep, log_sums, upcoming, wor
 def _finisher(operation):
     """A function that makes results of the n elements of a tile."""
 
-    @inline
+    @jit
     def finish(tile, n, end):
         for element in range(n):
             at = element * lanes_in(end.factor)
