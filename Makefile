@@ -65,7 +65,8 @@ fuzz: $(READY) ## Call the functions with arguments of any kind for FUZZ_SECONDS
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_FLAGS)
 
 # A sanitized build of its own, in the directory of which Python finds it before the editable one. The sanitizer has to be
-# loaded before Python, whose own leaks at exit are no news.
+# loaded before Python, whose own leaks at exit are no news. Processes that tests start find `tests` by PYTHONPATH, behind
+# that directory.
 SANITIZED_TESTS ?= fuzz schedule threads 16_bits layouts selection sampling streaming variants cross_entropy
 RACES_TESTS ?= threads concurrency schedule
 library = $$($(CC) -print-file-name=lib$(1).so)
@@ -73,7 +74,8 @@ define sanitized
 	test -d build/$(1) || CYTHON=$(CURDIR)/$(BIN)/cython $(BIN)/meson setup build/$(1) --prefix=/ \
 		--python.purelibdir=site --python.platlibdir=site -Db_lundef=false -Doptimization=1 -Ddebug=true $(2)
 	$(BIN)/meson install -C build/$(1) --quiet --destdir root
-	cd build/$(1)/root/site && MESONPY_EDITABLE_SKIP="$$(echo $(CURDIR)/build/cp*)" LD_PRELOAD="$(3)" $(4) \
+	cd build/$(1)/root/site && MESONPY_EDITABLE_SKIP="$$(echo $(CURDIR)/build/cp*)" PYTHONPATH="$(CURDIR)" \
+		LD_PRELOAD="$(3)" $(4) \
 		$(CURDIR)/$(BIN)/python -m pytest -q -k "cython or test_threads" $(5:%=$(CURDIR)/tests/test_%.py)
 endef
 

@@ -130,35 +130,34 @@ def _select_brain_image(value):
 
 
 @inline
-def _no_registers(x, at, n, y, y_at):
-    return 0
+def _copy_groups(x, at, n, y, y_at, group):
+    """Copy as many of n adjacent elements as fill groups of registers, converted by loads and stores; tell how many."""
+    done = 0
+    while done + lanes_in(group) <= n:
+        store(y, y_at + done, load(x, at + done, group))
+        done += lanes_in(group)
+    return done
 
 
 @inline
 def _read_registers(x, at, n, y, y_at):
-    """Read as many of n adjacent elements as fill groups of registers; tell how many."""
-    group, done = group_of(y, 0.0), 0
-    while done + lanes_in(group) <= n:
-        store(y, y_at + done, load(x, at + done, group))
-        done += lanes_in(group)
-    return done
+    return _copy_groups(x, at, n, y, y_at, group_of(y, 0.0))
 
 
 def _write_registers(x, at, n, y, y_at):
-    """Write as many; of float64 none, which no instruction rounds to 16 bits at once."""
-
-
-def _write_singles(x, at, n, y, y_at):
-    group, done = group_of(x, 0.0), 0
-    while done + lanes_in(group) <= n:
-        store(y, y_at + done, load(x, at + done, group))
-        done += lanes_in(group)
-    return done
+    """The same for numbers; of float64 none, which no instruction rounds to 16 bits at once."""
 
 
 @by_dtype(_write_registers)
 def _select_write_registers(x, at, n, y, y_at):
-    return _write_singles if x.dtype == types.float32 else lambda x, at, n, y, y_at: 0
+    if x.dtype == types.float32:
+        return lambda x, at, n, y, y_at: _copy_groups(x, at, n, y, y_at, group_of(x, 0.0))
+    return lambda x, at, n, y, y_at: 0
+
+
+@inline
+def _no_registers(x, at, n, y, y_at):
+    return 0
 
 
 def _reader(decode, read_registers=_no_registers):
@@ -168,7 +167,7 @@ def _reader(decode, read_registers=_no_registers):
     def read(x, start, row_step, n_rows, step, n, like, y, y_at):
         for i in range(n_rows):
             row, at = start + i * row_step, y_at + i * n
-            if step == 1:  # LLVM loads registers here
+            if step == 1:  # LLVM loads registers here, where no function does
                 for j in range(read_registers(x, row, n, y, at), n):
                     y[at + j] = _rounded(like, decode(x[row + j]))
             else:
