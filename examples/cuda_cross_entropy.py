@@ -16,12 +16,12 @@ NOTHING, ZERO = np.float32(-np.inf), np.float32(0)
 @cuda.jit
 def cross_entropy(logits, labels, losses):
     row = cuda.blockIdx.x
-    maximum, sum = NOTHING, ZERO
+    maximum, sum, residue = NOTHING, ZERO, ZERO
     for column in range(cuda.threadIdx.x, logits.shape[1], cuda.blockDim.x):
-        maximum, sum = fold(maximum, sum, logits[row, column])
-    maximum, sum = block_reduce(maximum, sum)
+        maximum, sum, residue = fold(maximum, sum, residue, logits[row, column])
+    maximum, sum, residue = block_reduce(maximum, sum, residue)
     if cuda.threadIdx.x == 0:
-        losses[row] = logsumexp(maximum, sum) - logits[row, labels[row]]
+        losses[row] = logsumexp(maximum, sum, residue) - logits[row, labels[row]]
 
 
 def main():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fastsoftmax
-from tests.reference import exact, max_ulp_error
+from tests.reference import exact, max_ulp_error, summand_scale
 
 pytest.importorskip("numba_cuda", reason="the cuda backend needs numba-cuda", exc_type=ImportError)
 
@@ -48,7 +48,8 @@ def folded(functions, elements):
     if len(elements) > 3:
         half = len(elements) // 2
         return functions.merge(*folded(functions, elements[:half]), *folded(functions, elements[half:]))
-    state = elements.dtype.type(-np.inf), elements.dtype.type(0)
+    zero = elements.dtype.type(0)
+    state = elements.dtype.type(-np.inf), zero, zero
     for x in elements:
         state = functions.fold(*state, x)
     return state
@@ -61,8 +62,9 @@ def assert_same_state(functions, state, other, tolerance):
         return
     assert state[0] == other[0]
     if np.isfinite(state[0]):
-        top = functions.term(state[0], state[0])
-        assert abs(state[1] / top - other[1] / top) <= tolerance * max(1, state[1] / top)
+        top, _ = functions.term(state[0], state[0])
+        difference = (state[1] - other[1]) + (state[2] - other[2])
+        assert abs(difference / top) <= tolerance * max(1, state[1] / top)
 
 
 PARTS = {
@@ -83,7 +85,7 @@ PARTS = {
 def test_states_are_a_commutative_monoid(precision, parts):
     functions = _state.plain(precision)
     a, b, c = (folded(functions, np.array(part, real(precision))) for part in PARTS[parts])
-    tolerance = 8 * np.finfo(real(precision)).eps
+    tolerance = (8 if precision == "half" else 0.5) * np.finfo(real(precision)).eps
     identity = folded(functions, np.array([], real(precision)))
     assert_same_state(functions, functions.merge(*a, *b), functions.merge(*b, *a), tolerance)
     left, right = functions.merge(*functions.merge(*a, *b), *c), functions.merge(*a, *functions.merge(*b, *c))
@@ -102,8 +104,51 @@ def test_probabilities(precision, span, offset):
     x = (rng.uniform(-span, span, 60) + offset).astype(real(precision))
     state = folded(functions, x)
     computed = np.array([functions.probability(one, *state) for one in x])
-    bound = 4 if precision != "half" else 60  # of 2**13 to a unit of float16
+    bound = 2 if precision != "half" else 60  # of 2**13 to a unit of float16
     assert max_ulp_error(computed, exact("softmax", x)) <= bound
+
+
+# Of 30 elements each; the last argument is what is far from 0 in a precision: subnormal results, and where offsets are.
+ROWS = {
+    "normal": lambda rng, far: rng.normal(size=30) * rng.uniform(0.1, 10),
+    "wide": lambda rng, far: rng.uniform(-80, 80, 30),
+    "nearly equal": lambda rng, far: np.append(rng.uniform(0, 3), np.zeros(29)) + rng.uniform(-5, 5),
+    "subnormal results": lambda rng, far: np.append(0, rng.uniform(-1.2, -0.95, 29) * far) + rng.uniform(-3, 3),
+    "far from 0": lambda rng, far: rng.normal(size=30) * 5 + rng.choice([-1, 1]) * far * 10 ** rng.uniform(1, 6),
+    "across offsets": lambda rng, far: np.linspace(0, rng.uniform(1, far), 30) + far * rng.uniform(5, 20),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+def test_errors(dtype, kind):
+    """2 ULP at most, and 1 unit of subnormal results."""
+    functions, info = _state.plain("single" if dtype == np.float32 else "double"), np.finfo(dtype)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x = ROWS[kind](rng, -float(np.log(info.smallest_normal))).astype(dtype)
+        state = folded(functions, x)
+        p, expected = np.array([functions.probability(one, *state) for one in x]), exact("softmax", x)
+        is_subnormal = expected < info.smallest_normal
+        assert is_subnormal.any() or kind != "subnormal results"
+        assert max_ulp_error(p[~is_subnormal], expected[~is_subnormal]) <= 2
+        assert max_ulp_error(p[is_subnormal], expected[is_subnormal]) <= 1
+        assert p.max() <= 1
+        (offset, _), (high, low) = functions.reference(state[0]), functions.log_normalizer(*state)
+        assert max_ulp_error(((x - offset) - high) - low, exact("log_softmax", x)) <= 2
+        log_sum = np.array([functions.logsumexp(*state)])
+        assert max_ulp_error(log_sum, exact("logsumexp", x), summand_scale(x, 0)) <= 2
+
+
+def test_many_sums_round_off_no_more_than_few(precision):
+    """Of 2**14 equal elements beside a larger one: without a residue it is 127 ULP in float32, 37 in float64."""
+    functions, zero = _state.plain(precision), real(precision)(0)
+    x = np.append(real(precision)(1.3), np.full(2**14, 0.1, real(precision)))
+    state = real(precision)(-np.inf), zero, zero
+    for one in x:
+        state = functions.fold(*state, one)
+    log_sum = np.array([functions.logsumexp(*state)])
+    assert max_ulp_error(log_sum, exact("logsumexp", x)) <= 2
 
 
 def test_what_is_not_the_maximum_keeps_its_digits(precision):
@@ -167,7 +212,7 @@ A100 = ptx.Device(n_multiprocessors=108, l2_bytes=40 * 2**20, shared_bytes=163 *
         (ptx.H200, "float32", 69632, 28, False),
         (ptx.H200, "float32", 69636, 28, True),
         (ptx.H200, "bfloat16", 131072, 28, False),
-        (ptx.H200, "float64", 32768, 28, False),
+        (ptx.H200, "float64", 31744, 28, False),
         (A100, "float32", 53248, 20, False),
         (A100, "float32", 53252, 20, True),
     ],
@@ -375,7 +420,7 @@ def test_rows_in_shared_memory_go_there_past_the_registers(machine_code):
 
 def test_exponentials_are_instructions(machine_code):
     for code in machine_code:
-        is_exponential = code["function"] != "softmax_vjp" and code["dtype"] != "float64"
+        is_exponential = code["function"] != "softmax_vjp" and code["dtype"] in ("float16", "bfloat16")
         if code["function"] == "log_softmax_vjp" and code["kernel"] in ("chunk_states", "strip_states"):
             is_exponential = False  # the sum of g
         assert (code["ex2.approx.ftz.f32"] > 0) == is_exponential, code
@@ -528,10 +573,11 @@ def test_arguments_reach_the_driver(launch):
     plan, steps, called = launch("softmax_vjp", (1, 3_000_000), stream=11)
     n_states = plan.n_chunks
     names = {"x": 256, "y": 512, "g": 768, "maxima": 4096, "sums": 4096 + 4 * n_states}
+    names["residues"] = 4096 + 8 * n_states
     expected = [[names.get(argument, argument) for argument in flat(step.arguments)] for step in steps]
     sizes = (n_states, 1, 1, 256, 1, 1, 0)
     assert called == [
-        ("allocate", 8 * n_states, 11),
+        ("allocate", 12 * n_states, 11),
         ("launch", "function 7", sizes, 11, expected[0]),
         ("launch", "function 7", sizes, 11, expected[1]),
         ("free", 4096, 11),

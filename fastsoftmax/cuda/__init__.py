@@ -1,8 +1,8 @@
 """The online softmax as building blocks for kernels of your own, written with ``numba.cuda``.
 
-A state is two numbers: the largest element seen, and the sum of the others' exponentials, relative to it in a way that
-only the functions here know. `device_functions` gives the functions that work on states. Needs the ``numba-cuda``
-package; `fastsoftmax` itself imports this module when it first meets an array on a GPU.
+A state is three numbers: the largest element seen, the sum of the others' exponentials, relative to it in a way that
+only the functions here know, and what that sum rounds off. `device_functions` gives the functions that work on states.
+Needs the ``numba-cuda`` package; `fastsoftmax` itself imports this module when it first meets an array on a GPU.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ __all__ = ["DeviceFunctions", "device_functions"]
 
 
 class DeviceFunctions(NamedTuple):
-    """Functions for kernels. A state is a pair ``maximum, sum``; that of no element is ``-inf, 0``.
+    """Functions for kernels. A state is ``maximum, sum, residue``; that of no element is ``-inf, 0, 0``.
 
     Parameters
     ----------
     fold : device function
-        ``fold(maximum, sum, x)``: the state with one more element.
+        ``fold(maximum, sum, residue, x)``: the state with one more element.
     merge : device function
-        ``merge(maximum, sum, other_maximum, other_sum)``: the state of the elements of two.
+        ``merge(maximum, sum, residue, other_maximum, other_sum, other_residue)``: the state of the elements of two.
     warp_reduce : device function
-        ``warp_reduce(maximum, sum)``: the state of all 32 lanes of a warp, in each of them. Every lane must call it.
+        ``warp_reduce(maximum, sum, residue)``: the state of all 32 lanes of a warp, in each of them. Every
+        lane must call it.
     block_reduce : device function
-        ``block_reduce(maximum, sum)``: the same for a block of whole warps in one dimension. Every thread must call it.
+        ``block_reduce(maximum, sum, residue)``: the same for a block of whole warps in one dimension. Every
+        thread must call it.
     probability : device function
-        ``probability(x, maximum, sum)``: exp(x) / (the sum of the exponentials of all elements).
+        ``probability(x, maximum, sum, residue)``: exp(x) / (the sum of the exponentials of all elements).
     logsumexp : device function
-        ``logsumexp(maximum, sum)``: the logarithm of that sum.
+        ``logsumexp(maximum, sum, residue)``: the logarithm of that sum.
     """
 
     fold: Any
@@ -76,7 +78,7 @@ def _reduce(format: Format, lanes: int) -> Any:
     merge_all = _meetings.merging(format, lanes)
 
     @device
-    def reduce(maximum: Any, sum: Any) -> Any:
-        return merge_all(maximum, sum)
+    def reduce(maximum: Any, sum: Any, residue: Any) -> Any:
+        return merge_all(maximum, sum, residue)
 
     return reduce

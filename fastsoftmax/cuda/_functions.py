@@ -1,9 +1,9 @@
 """What is computed of each element of a row: the functions and their vector-Jacobian products, as traversals see them.
 
-A lane takes elements into three numbers, and the numbers of all lanes that share a row become the state of the row.
-For softmax and its like they are the maximum, the sum of the terms of smaller elements, and how many elements are the
-maximum: one of these is left out of the state, where all lanes have met. The products of softmax and log_softmax need
-nothing but a sum over the row, of p * g or of g: their maximum and ties are 0 and stay so.
+A lane takes elements into four numbers, and the numbers of all lanes that share a row become the state of the row.
+For softmax and its like they are the maximum, the sum of the terms of smaller elements, its residue, and how many
+elements are the maximum: one of these is left out of the state, where all lanes have met. The products of softmax and
+log_softmax need nothing but a sum over the row, of p * g or of g: their maximum and ties are 0 and stay so.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ def states(kernel: Kernel, format: Format) -> SimpleNamespace:
     """Return the device functions that make the states of a kernel, and ``lowest``, the maximum of no element.
 
     Lanes take elements in by ``largest(maximum, x)``, ``reference(maximum)``, which gives an offset and a shift,
-    ``add(sum, ties, x, g, maximum, offset, shift)`` and ``advance(maximum, sum, ties, new_maximum)``. Of all lanes
-    together, ``close(maximum, sum, ties)`` makes the sum of a state; ``merge`` makes one of two states. ``g`` is that
-    of the element in the products, and nothing elsewhere.
+    ``add(sum, rest, ties, x, g, maximum, offset, shift)``, of a vector or as few elements of a row in a strip, whose
+    ``sum + rest`` is ``joined`` to those of the lane, and ``advance(maximum, sum, residue, ties, new_maximum)``. Of all
+    lanes together, ``close(maximum, sum, residue, ties)`` makes sum and residue of a state; ``merge`` makes one of two
+    states. ``g`` is that of the element in the products, and nothing elsewhere.
     """
     if kernel != states_of(kernel):
         return states(states_of(kernel), format)
@@ -63,24 +64,33 @@ def results(kernel: Kernel, format: Format) -> SimpleNamespace:
 
 
 def _sums_of_exponentials(format: Format) -> SimpleNamespace:
+    """Powers of two are added up apart from what terms are beyond them: their sum has no error, and the rest is small.
+
+    That takes as many operations as to add up terms, which are rounded.
+    """
     state, zero, one = _state.on_device(format.precision), format.real(0), format.real(1)
-    power, rebase, term = state.power, state.rebase, state.term
+    factors, fused, rebased, with_ties = state.factors, state.fused, state.rebased, state.with_ties
+    is_rounded = format.precision == "half"
 
     @device
-    def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
-        """Return sum and ties beside a maximum that is as large or larger."""
+    def advance(maximum: Any, sum: Any, residue: Any, ties: Any, new_maximum: Any) -> Any:
+        """Return sum, residue and ties beside a maximum that is as large or larger."""
         if maximum == new_maximum:
-            return sum, ties
-        return (sum + ties * term(maximum, maximum)) * rebase(maximum, new_maximum), zero
+            return sum, residue, ties
+        sum, residue = with_ties(maximum, sum, residue, ties)
+        sum, residue = rebased(maximum, sum, residue, new_maximum)
+        return sum, residue, zero
 
     @device
-    def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
-        of_x = power(x - offset, shift)
-        return sum + (zero if x == maximum else of_x), ties + (one if x == maximum else zero)
+    def add(sum: Any, rest: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+        scale, of_x = factors(x - offset, shift)
+        scale = zero if x == maximum else scale
+        rest = rest if is_rounded else fused(scale, of_x, rest)
+        return sum + scale, rest, ties + (one if x == maximum else zero)
 
     @device
-    def close(maximum: Any, sum: Any, ties: Any) -> Any:
-        return sum + (ties - one) * term(maximum, maximum) if ties > zero else sum
+    def close(maximum: Any, sum: Any, residue: Any, ties: Any) -> Any:
+        return with_ties(maximum, sum, residue, ties - one) if ties > zero else (sum, residue)
 
     return SimpleNamespace(
         lowest=format.real(-np.inf),
@@ -90,49 +100,48 @@ def _sums_of_exponentials(format: Format) -> SimpleNamespace:
         advance=advance,
         add=add,
         close=close,
+        joined=state.joined,
         merge=state.merge,
     )
 
 
 def _of_exponential(kernel: Kernel, format: Format) -> tuple[Any, Any]:
     state, zero = _state.on_device(format.precision), format.real(0)
-    power, log_total, scaled = state.power, state.log_total, state.scaled
+    power, scaled, logsumexp = state.power, state.scaled, state.logsumexp
 
-    if kernel in ("log_softmax", "logsumexp"):
-
-        @device
-        def of_row(maximum: Any, sum: Any) -> Any:
-            return log_total(maximum, sum), zero
-
-    else:
-        of_row = state.inverse_total
-
-    if format.precision == "half":  # the second part is below what a result shows
+    if format.precision == "half":  # second parts are below what a result shows
 
         @device
-        def scaled(term: Any, inverse: Any, inverse_low: Any) -> Any:
+        def scaled(term: Any, term_low: Any, inverse: Any, inverse_low: Any) -> Any:
             return term * inverse
+
+    if kernel == "logsumexp":
+
+        @device
+        def of_row(maximum: Any, sum: Any, residue: Any) -> Any:
+            return logsumexp(maximum, sum, residue), zero
+
+        return of_row, None
 
     if kernel == "log_softmax":
 
         @device
         def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
-            return (x - maximum) - shared
+            return ((x - offset) - shared) - low
 
-    elif kernel == "logsumexp_vjp":
+        return state.log_normalizer, of_element
 
-        @device
-        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
-            p = scaled(power(x - offset, shift), shared, low)
-            return zero if p == zero else p * g
+    @device
+    def probability(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+        of_x, of_x_low = power(x - offset, shift)
+        return scaled(of_x, of_x_low, shared, low)
 
-    else:
+    @device
+    def share_of_g(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
+        p = probability(x, g, maximum, offset, shift, shared, low)
+        return zero if p == zero else p * g
 
-        @device
-        def of_element(x: Any, g: Any, maximum: Any, offset: Any, shift: Any, shared: Any, low: Any) -> Any:
-            return scaled(power(x - offset, shift), shared, low)
-
-    return of_row, of_element
+    return state.inverse_total, share_of_g if kernel == "logsumexp_vjp" else probability
 
 
 def _sums_of_products(kernel: Kernel, format: Format) -> SimpleNamespace:
@@ -147,29 +156,33 @@ def _sums_of_products(kernel: Kernel, format: Format) -> SimpleNamespace:
     def reference(maximum: Any) -> Any:
         return zero, zero
 
-    @device
-    def advance(maximum: Any, sum: Any, ties: Any, new_maximum: Any) -> Any:
-        return sum, ties
+    state = _state.on_device(format.precision)
+    plus = state.plus
 
     @device
-    def close(maximum: Any, sum: Any, ties: Any) -> Any:
-        return sum
+    def advance(maximum: Any, sum: Any, residue: Any, ties: Any, new_maximum: Any) -> Any:
+        return sum, residue, ties
 
     @device
-    def merge(a_maximum: Any, a_sum: Any, b_maximum: Any, b_sum: Any) -> Any:
-        return zero, a_sum + b_sum
+    def close(maximum: Any, sum: Any, residue: Any, ties: Any) -> Any:
+        return sum, residue
+
+    @device
+    def merge(a_maximum: Any, a_sum: Any, a_residue: Any, b_maximum: Any, b_sum: Any, b_residue: Any) -> Any:
+        sum, residue = plus(a_sum, a_residue, b_sum, b_residue)
+        return zero, sum, residue
 
     if kernel == "softmax_vjp":
 
         @device
-        def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
-            return sum + (zero if x == zero else x * g), ties
+        def add(sum: Any, rest: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+            return sum + (zero if x == zero else x * g), rest, ties
 
     else:
 
         @device
-        def add(sum: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
-            return sum + g, ties
+        def add(sum: Any, rest: Any, ties: Any, x: Any, g: Any, maximum: Any, offset: Any, shift: Any) -> Any:
+            return sum + g, rest, ties
 
     return SimpleNamespace(
         lowest=zero,
@@ -179,6 +192,7 @@ def _sums_of_products(kernel: Kernel, format: Format) -> SimpleNamespace:
         advance=advance,
         add=add,
         close=close,
+        joined=state.joined,
         merge=merge,
     )
 
@@ -187,8 +201,8 @@ def _of_product(kernel: Kernel, format: Format) -> tuple[Any, Any]:
     exponential, zero = _state.on_device(format.precision).exponential, format.real(0)
 
     @device
-    def of_row(maximum: Any, sum: Any) -> Any:
-        return sum, zero
+    def of_row(maximum: Any, sum: Any, residue: Any) -> Any:
+        return sum + residue, zero
 
     if kernel == "softmax_vjp":
 

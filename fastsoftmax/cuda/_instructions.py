@@ -56,6 +56,11 @@ def larger64(a: Any, b: Any) -> Any:
 
 
 @device
+def fused(a: Any, b: Any, c: Any) -> Any:
+    return cuda.fma(a, b, c)
+
+
+@device
 def log1p(x: Any) -> Any:
     return math.log1p(x)
 

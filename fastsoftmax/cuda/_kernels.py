@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, types
 
+from fastsoftmax.cuda import _state
 from fastsoftmax.cuda._functions import PRODUCTS, Kernel, n_inputs, results, states, states_of
 from fastsoftmax.cuda._instructions import device
 from fastsoftmax.cuda._meetings import row_meeting
@@ -40,7 +41,8 @@ from fastsoftmax.cuda._vectors import Format, access, elements, places, repeated
 def signature(format: Format, kernel: Any, n_kept: int, n_reduced: int) -> Any:
     """Return the types of a kernel's arguments: see the functions themselves."""
     pointer, real = format.pointer, types.float64 if format.precision == "double" else types.float32
-    known = {"x": pointer, "y": pointer, "g": pointer, "maxima": types.CPointer(real), "sums": types.CPointer(real)}
+    known = {"x": pointer, "y": pointer, "g": pointer, "maxima": types.CPointer(real)}
+    known |= {"sums": types.CPointer(real), "residues": types.CPointer(real)}
     known |= {"kept": types.UniTuple(types.int64, 4 * n_kept), "reduced": types.UniTuple(types.int64, 4 * n_reduced)}
     known |= {"inner": types.UniTuple(types.int64, 4), "signs": pointer, "states": types.CPointer(types.float64)}
     code = kernel.__code__
@@ -54,8 +56,8 @@ def row_values(format: Format) -> SimpleNamespace:
     zero, word, element = format.real(0), format.word, format.element
 
     @device
-    def write_logsumexp(y: Any, address: Any, maximum: Any, log_total: Any) -> Any:
-        y[address] = element(pack(maximum + log_total, zero))
+    def write_logsumexp(y: Any, address: Any, result: Any) -> Any:
+        y[address] = element(pack(result, zero))
 
     @device
     def read_g(g: Any, address: Any) -> Any:
@@ -104,22 +106,22 @@ def row_kernel(kernel: Kernel, format: Format, vectorized: bool, lanes: int, hel
             place, layer = lane * n_words, width * n_words
             begin_stored(n_tiles, x, x_row, g, g_row, after_held, n, step, reduced, stored, place, layer)
         read(0, x, x_row, g, g_row, first, step, n, reduced, words)
-        maximum, others, sum, ties = largest(lowest, words), lowest, zero, zero
+        maximum, others, sum, residue, ties = largest(lowest, words), lowest, zero, zero, zero
         if is_long:
-            state = fold_stored(
-                (others, sum, ties), n_tiles, x, x_row, g, g_row, after_held, n, step, reduced, stored, place, layer
-            )
-            others, sum, ties = fold_range(state, x, x_row, g, g_row, rest, n, n, step, reduced)
+            state = others, sum, residue, ties
+            state = fold_stored(state, n_tiles, x, x_row, g, g_row, after_held, n, step, reduced, stored, place, layer)
+            others, sum, residue, ties = fold_range(state, x, x_row, g, g_row, rest, n, n, step, reduced)
         maximum = meet_largest(larger(maximum, others))
         if is_long:
-            sum, ties = advance(others, sum, ties, maximum)
-        sum, ties = add((sum, ties), words, maximum)
-        sum, ties = meet_sums(sum, ties)
-        shared, low = of_row(maximum, close(maximum, sum, ties))
+            sum, residue, ties = advance(others, sum, residue, ties, maximum)
+        sum, residue, ties = add((sum, residue, ties), words, maximum)
+        sum, residue, ties = meet_sums(sum, residue, ties)
+        sum, residue = close(maximum, sum, residue, ties)
+        shared, low = of_row(maximum, sum, residue)
 
         if is_reduction:
             if lane == 0 and row < n_rows:
-                write_logsumexp(y, y_row, maximum, shared)
+                write_logsumexp(y, y_row, shared)
         else:
             g_of_row = read_g(g, g_row) if has_g and row < n_rows else zero
             write(0, y, y_row, first, step, n, reduced, words, maximum, shared, low, g_of_row)
@@ -142,7 +144,7 @@ def chunk_state_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any:
     advance, close, lowest = compute.advance, compute.close, compute.lowest
 
     def chunk_states(
-        x: Any, g: Any, maxima: Any, sums: Any,
+        x: Any, g: Any, maxima: Any, sums: Any, residues: Any,
         n_chunks: Any, chunk: Any, n_cols: Any, phase: Any, kept: Any, reduced: Any,
     ) -> None:  # fmt: skip
         block = np.int64(cuda.blockIdx.x)
@@ -150,13 +152,14 @@ def chunk_state_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any:
         start = block % n_chunks * chunk - ((phase + x_row) & (vector - 1))
         begin, end = start + cuda.threadIdx.x * vector, min(start + chunk, n_cols)
         step = cuda.blockDim.x * vector
-        own, sum, ties = fold_range((lowest, zero, zero), x, x_row, g, g_row, begin, end, n_cols, step, reduced)
+        state = lowest, zero, zero, zero
+        own, sum, residue, ties = fold_range(state, x, x_row, g, g_row, begin, end, n_cols, step, reduced)
         maximum = meet_largest(own)
-        sum, ties = advance(own, sum, ties, maximum)
-        sum, ties = meet_sums(sum, ties)
+        sum, residue, ties = advance(own, sum, residue, ties, maximum)
+        sum, residue, ties = meet_sums(sum, residue, ties)
         if cuda.threadIdx.x == 0:
             maxima[block] = maximum
-            sums[block] = close(maximum, sum, ties)
+            sums[block], residues[block] = close(maximum, sum, residue, ties)
 
     return chunk_states
 
@@ -172,7 +175,7 @@ def chunk_result_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any
     is_reduction, has_g = kernel == "logsumexp", kernel == "logsumexp_vjp"
 
     def chunk_results(
-        x: Any, y: Any, g: Any, maxima: Any, sums: Any,
+        x: Any, y: Any, g: Any, maxima: Any, sums: Any, residues: Any,
         n_chunks: Any, chunk: Any, n_cols: Any, phase: Any, kept: Any, reduced: Any,
     ) -> None:  # fmt: skip
         # From the last block to the first: what the kernel before read last is still in the cache.
@@ -180,15 +183,15 @@ def chunk_result_kernel(kernel: Kernel, format: Format, vectorized: bool) -> Any
         row = block if is_reduction else block // n_chunks
         x_row, y_row, g_row = places(row, kept)
 
-        maximum, sum = lowest, zero
+        maximum, sum, residue = lowest, zero, zero
         for c in range(row * n_chunks + cuda.threadIdx.x, (row + 1) * n_chunks, cuda.blockDim.x):
-            maximum, sum = merge(maximum, sum, maxima[c], sums[c])
-        maximum, sum = merge_all(maximum, sum)
-        shared, low = of_row(maximum, sum)
+            maximum, sum, residue = merge(maximum, sum, residue, maxima[c], sums[c], residues[c])
+        maximum, sum, residue = merge_all(maximum, sum, residue)
+        shared, low = of_row(maximum, sum, residue)
 
         if is_reduction:
             if cuda.threadIdx.x == 0:
-                write_logsumexp(y, y_row, maximum, shared)
+                write_logsumexp(y, y_row, shared)
         else:
             start = block % n_chunks * chunk - ((phase + x_row) & (vector - 1))
             begin, end = start + cuda.threadIdx.x * vector, min(start + chunk, n_cols)
@@ -226,12 +229,12 @@ def strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNames
     @device
     def finish_one(
         v: Any, carry: Any, y: Any, y_start: Any, g: Any, g_start: Any, column: Any, n_inner: Any, inner: Any,
-        maxima: Any, sums: Any, shared: Any, lows: Any, gs: Any,
+        maxima: Any, sums: Any, residues: Any, shared: Any, lows: Any, gs: Any,
     ) -> Any:  # fmt: skip
-        shared[v], lows[v] = of_row(maxima[v], sums[v])
+        shared[v], lows[v] = of_row(maxima[v], sums[v], residues[v])
         is_row = column + v >= 0 and column + v < n_inner
         if is_reduction and is_row and cuda.threadIdx.y == 0:
-            write_logsumexp(y, y_start + (column + v) * inner[2], maxima[v], shared[v])
+            write_logsumexp(y, y_start + (column + v) * inner[2], shared[v])
         gs[v] = read_g(g, g_start + (column + v) * inner[3]) if has_g and is_row else zero
         return carry
 
@@ -247,16 +250,17 @@ def _folded_strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> Sim
     read, fold_tile, n_tile = strip.read, strip.fold, strip.n_words
     advance, larger, close = compute.advance, compute.largest, compute.close
     word, zero, has_maximum = format.word, format.real(0), kernel not in PRODUCTS
+    plus = _state.on_device(format.precision).plus
 
     @device
     def fold(
         x: Any, x_start: Any, g: Any, g_start: Any, reduced: Any, begin: Any, end: Any, column: Any, n_inner: Any,
-        maxima: Any, sums: Any, ties: Any,
+        maxima: Any, sums: Any, residues: Any, ties: Any,
     ) -> Any:  # fmt: skip
         words = cuda.local.array(n_tile, word)
         for j in range(begin, end, IN_FLIGHT * cuda.blockDim.y):
             read(0, x, x_start, g, g_start, reduced, j, end, column, n_inner, words)
-            fold_tile(0, words, maxima, sums, ties)
+            fold_tile(0, words, maxima, sums, residues, ties)
 
     @device
     def show_one(v: Any, carry: Any, values: Any, mine: Any, meeting: Any) -> Any:
@@ -264,22 +268,28 @@ def _folded_strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> Sim
         return carry
 
     @device
-    def advance_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any, base: Any, meeting_a: Any) -> Any:
+    def advance_one(
+        v: Any, carry: Any, maxima: Any, sums: Any, residues: Any, ties: Any, base: Any, meeting_a: Any
+    ) -> Any:
         maximum = meeting_a[base + v]
-        sums[v], ties[v] = advance(maxima[v], sums[v], ties[v], maximum)
+        sums[v], residues[v], ties[v] = advance(maxima[v], sums[v], residues[v], ties[v], maximum)
         maxima[v] = maximum
         return carry
 
     @device
-    def close_one(v: Any, carry: Any, maxima: Any, sums: Any, base: Any, meeting_a: Any, meeting_b: Any) -> Any:
-        sums[v] = close(maxima[v], meeting_a[base + v], meeting_b[base + v] if has_maximum else zero)
+    def close_one(
+        v: Any, carry: Any, maxima: Any, sums: Any, residues: Any, base: Any, meeting_a: Any, meeting_b: Any,
+        meeting_c: Any,
+    ) -> Any:  # fmt: skip
+        ties = meeting_c[base + v] if has_maximum else zero
+        sums[v], residues[v] = close(maxima[v], meeting_a[base + v], meeting_b[base + v], ties)
         return carry
 
     show, advance_all = repeated(show_one, vector), repeated(advance_one, vector)
     close_all = repeated(close_one, vector)
 
     @device
-    def meet(maxima: Any, sums: Any, ties: Any, meeting_a: Any, meeting_b: Any) -> Any:
+    def meet(maxima: Any, sums: Any, residues: Any, ties: Any, meeting_a: Any, meeting_b: Any, meeting_c: Any) -> Any:
         # Layers meet two by two: first their maxima, then the sums beside these.
         layer, base, layer_size = cuda.threadIdx.y, cuda.threadIdx.x * vector, cuda.blockDim.x * vector
         mine = layer * layer_size + base
@@ -293,21 +303,25 @@ def _folded_strip_parts(kernel: Kernel, format: Format, vectorized: bool) -> Sim
                         meeting_a[place] = larger(meeting_a[place], meeting_a[place + half * layer_size])
                 cuda.syncthreads()
                 half //= 2
-            advance_all(0, maxima, sums, ties, base, meeting_a)
+            advance_all(0, maxima, sums, residues, ties, base, meeting_a)
             cuda.syncthreads()
-            show(0, ties, mine, meeting_b)
+            show(0, ties, mine, meeting_c)
         show(0, sums, mine, meeting_a)
+        show(0, residues, mine, meeting_b)
         cuda.syncthreads()
         half = np.int64(cuda.blockDim.y // 2)
         while half > 0:
             if layer < half:
                 for place in range(mine, mine + vector):
-                    meeting_a[place] += meeting_a[place + half * layer_size]
+                    other = place + half * layer_size
+                    meeting_a[place], meeting_b[place] = plus(
+                        meeting_a[place], meeting_b[place], meeting_a[other], meeting_b[other]
+                    )
                     if has_maximum:
-                        meeting_b[place] += meeting_b[place + half * layer_size]
+                        meeting_c[place] += meeting_c[other]
             cuda.syncthreads()
             half //= 2
-        close_all(0, maxima, sums, base, meeting_a, meeting_b)
+        close_all(0, maxima, sums, residues, base, meeting_a, meeting_b, meeting_c)
 
     return SimpleNamespace(fold=fold, meet=meet)
 
@@ -318,8 +332,8 @@ def no_states(kernel: Kernel, format: Format, vectorized: bool) -> Any:
     lowest, zero = states(kernel, format).lowest, format.real(0)
 
     @device
-    def begin_one(v: Any, carry: Any, maxima: Any, sums: Any, ties: Any) -> Any:
-        maxima[v], sums[v], ties[v] = lowest, zero, zero
+    def begin_one(v: Any, carry: Any, maxima: Any, sums: Any, residues: Any, ties: Any) -> Any:
+        maxima[v], sums[v], residues[v], ties[v] = lowest, zero, zero, zero
         return carry
 
     return repeated(begin_one, access(format, vectorized).vector)
@@ -351,17 +365,19 @@ def strip_kernel(kernel: Kernel, format: Format, vectorized: bool, threads: int)
 
         maxima = cuda.local.array(vector, real)
         sums = cuda.local.array(vector, real)
+        residues = cuda.local.array(vector, real)
         ties = cuda.local.array(vector, real)
         meeting_a = cuda.shared.array(n_meeting, real)
         meeting_b = cuda.shared.array(n_meeting, real)
-        begin(0, maxima, sums, ties)
-        fold(x, x_start, g, g_start, reduced, layer, n_cols, column, n_inner, maxima, sums, ties)
-        meet(maxima, sums, ties, meeting_a, meeting_b)
+        meeting_c = cuda.shared.array(n_meeting, real)
+        begin(0, maxima, sums, residues, ties)
+        fold(x, x_start, g, g_start, reduced, layer, n_cols, column, n_inner, maxima, sums, residues, ties)
+        meet(maxima, sums, residues, ties, meeting_a, meeting_b, meeting_c)
 
         shared = cuda.local.array(vector, real)
         lows = cuda.local.array(vector, real)
         gs = cuda.local.array(vector, real)
-        finish(0, y, y_start, g, g_start, column, n_inner, inner, maxima, sums, shared, lows, gs)
+        finish(0, y, y_start, g, g_start, column, n_inner, inner, maxima, sums, residues, shared, lows, gs)
         if not is_reduction:
             write(x, x_start, y, y_start, g, g_start, reduced, layer, n_cols, column, n_inner, maxima, shared, lows, gs)
 
@@ -381,19 +397,18 @@ def strip_state_kernel(kernel: Kernel, format: Format, vectorized: bool, threads
 
     @device
     def leave_one(
-        v: Any, carry: Any, maxima: Any, sums: Any, first_row: Any, n_chunks: Any, c: Any, column: Any, n_inner: Any,
-        of_maxima: Any, of_sums: Any,
+        v: Any, carry: Any, maxima: Any, sums: Any, residues: Any, first_row: Any, n_chunks: Any, c: Any,
+        column: Any, n_inner: Any, of_maxima: Any, of_sums: Any, of_residues: Any,
     ) -> Any:  # fmt: skip
         if column + v >= 0 and column + v < n_inner and cuda.threadIdx.y == 0:
             place = (first_row + column + v) * n_chunks + c
-            maxima[place] = of_maxima[v]
-            sums[place] = of_sums[v]
+            maxima[place], sums[place], residues[place] = of_maxima[v], of_sums[v], of_residues[v]
         return carry
 
     leave = repeated(leave_one, vector)
 
     def strip_states(
-        x: Any, g: Any, maxima: Any, sums: Any, n_chunks: Any, chunk: Any,
+        x: Any, g: Any, maxima: Any, sums: Any, residues: Any, n_chunks: Any, chunk: Any,
         n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any,
     ) -> None:  # fmt: skip
         strip, c = np.int64(cuda.blockIdx.x) // n_chunks, np.int64(cuda.blockIdx.x) % n_chunks
@@ -403,13 +418,18 @@ def strip_state_kernel(kernel: Kernel, format: Format, vectorized: bool, threads
 
         of_maxima = cuda.local.array(vector, real)
         of_sums = cuda.local.array(vector, real)
+        of_residues = cuda.local.array(vector, real)
         ties = cuda.local.array(vector, real)
         meeting_a = cuda.shared.array(n_meeting, real)
         meeting_b = cuda.shared.array(n_meeting, real)
-        begin(0, of_maxima, of_sums, ties)
-        fold(x, x_start, g, g_start, reduced, first, end, column, n_inner, of_maxima, of_sums, ties)
-        meet(of_maxima, of_sums, ties, meeting_a, meeting_b)
-        leave(0, maxima, sums, strip // n_strips * n_inner, n_chunks, c, column, n_inner, of_maxima, of_sums)
+        meeting_c = cuda.shared.array(n_meeting, real)
+        begin(0, of_maxima, of_sums, of_residues, ties)
+        fold(x, x_start, g, g_start, reduced, first, end, column, n_inner, of_maxima, of_sums, of_residues, ties)
+        meet(of_maxima, of_sums, of_residues, ties, meeting_a, meeting_b, meeting_c)
+        first_row = strip // n_strips * n_inner
+        leave(
+            0, maxima, sums, residues, first_row, n_chunks, c, column, n_inner, of_maxima, of_sums, of_residues
+        )  # fmt: skip
 
     return strip_states
 
@@ -424,25 +444,26 @@ def strip_result_kernel(kernel: Kernel, format: Format, vectorized: bool, thread
     part, begin = strip_parts(kernel, format, vectorized), no_states(states_of(kernel), format, vectorized)
     meet, finish, write, compute = part.meet, part.finish, part.write, states(kernel, format)
     advance, larger, real, one = compute.advance, compute.largest, format.real, format.real(1)
-    is_reduction, n_meeting = kernel == "logsumexp", threads * vector
+    is_reduction, n_meeting, plus = kernel == "logsumexp", threads * vector, _state.on_device(format.precision).plus
 
     @device
     def merge_one(
-        v: Any, carry: Any, maxima: Any, sums: Any, first_row: Any, n_chunks: Any, c: Any, column: Any, n_inner: Any,
-        of_maxima: Any, of_sums: Any, ties: Any,
+        v: Any, carry: Any, maxima: Any, sums: Any, residues: Any, first_row: Any, n_chunks: Any, c: Any,
+        column: Any, n_inner: Any, of_maxima: Any, of_sums: Any, of_residues: Any, ties: Any,
     ) -> Any:  # fmt: skip
         if column + v >= 0 and column + v < n_inner:
             place = (first_row + column + v) * n_chunks + c
             maximum = larger(of_maxima[v], maxima[place])
-            sum, n_ties = advance(of_maxima[v], of_sums[v], ties[v], maximum)
-            other_sum, other_ties = advance(maxima[place], sums[place], one, maximum)
-            of_maxima[v], of_sums[v], ties[v] = maximum, sum + other_sum, n_ties + other_ties
+            sum, residue, n_ties = advance(of_maxima[v], of_sums[v], of_residues[v], ties[v], maximum)
+            other, other_residue, more_ties = advance(maxima[place], sums[place], residues[place], one, maximum)
+            of_sums[v], of_residues[v] = plus(sum, residue, other, other_residue)
+            of_maxima[v], ties[v] = maximum, n_ties + more_ties
         return carry
 
     merge = repeated(merge_one, vector)
 
     def strip_results(
-        x: Any, y: Any, g: Any, maxima: Any, sums: Any, n_chunks: Any, chunk: Any,
+        x: Any, y: Any, g: Any, maxima: Any, sums: Any, residues: Any, n_chunks: Any, chunk: Any,
         n_inner: Any, n_cols: Any, phase: Any, n_strips: Any, kept: Any, inner: Any, reduced: Any,
     ) -> None:  # fmt: skip
         # From the last block to the first: what the kernel before read last is still in the cache.
@@ -453,19 +474,24 @@ def strip_result_kernel(kernel: Kernel, format: Format, vectorized: bool, thread
 
         of_maxima = cuda.local.array(vector, real)
         of_sums = cuda.local.array(vector, real)
+        of_residues = cuda.local.array(vector, real)
         ties = cuda.local.array(vector, real)
         meeting_a = cuda.shared.array(n_meeting, real)
         meeting_b = cuda.shared.array(n_meeting, real)
-        begin(0, of_maxima, of_sums, ties)
+        meeting_c = cuda.shared.array(n_meeting, real)
+        begin(0, of_maxima, of_sums, of_residues, ties)
         for c in range(layer, n_chunks, cuda.blockDim.y):
             first_row = strip // n_strips * n_inner
-            merge(0, maxima, sums, first_row, n_chunks, c, column, n_inner, of_maxima, of_sums, ties)
-        meet(of_maxima, of_sums, ties, meeting_a, meeting_b)
+            merge(
+                0, maxima, sums, residues, first_row, n_chunks, c, column, n_inner,
+                of_maxima, of_sums, of_residues, ties,
+            )  # fmt: skip
+        meet(of_maxima, of_sums, of_residues, ties, meeting_a, meeting_b, meeting_c)
 
         shared = cuda.local.array(vector, real)
         lows = cuda.local.array(vector, real)
         gs = cuda.local.array(vector, real)
-        finish(0, y, y_start, g, g_start, column, n_inner, inner, of_maxima, of_sums, shared, lows, gs)
+        finish(0, y, y_start, g, g_start, column, n_inner, inner, of_maxima, of_sums, of_residues, shared, lows, gs)
         if not is_reduction:
             first, end = block % n_chunks * chunk + layer, min((block % n_chunks + 1) * chunk, n_cols)
             write(x, x_start, y, y_start, g, g_start, reduced, first, end, column, n_inner, of_maxima, shared, lows, gs)

@@ -83,8 +83,8 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
         results = partial(_kernels.strip_result_kernel, kernel, format, vectorized, threads)
         n_of_results = n_blocks if kernel == "logsumexp" else n_blocks * plan.n_chunks
         return (
-            launch(states, n_blocks * plan.n_chunks, "x", "g", "maxima", "sums", *chunks, *sizes_of_strips),
-            launch(results, n_of_results, "x", "y", "g", "maxima", "sums", *chunks, *sizes_of_strips),
+            launch(states, n_blocks * plan.n_chunks, "x", "g", "maxima", "sums", "residues", *chunks, *sizes_of_strips),
+            launch(results, n_of_results, "x", "y", "g", "maxima", "sums", "residues", *chunks, *sizes_of_strips),
         )
     if plan.traversal == "rows":
         lanes = plan.threads_per_row if plan.threads_per_row <= 32 else 0
@@ -97,8 +97,10 @@ def launches(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, p
     results = partial(_kernels.chunk_result_kernel, kernel, format, vectorized)
     n_blocks = n_rows * plan.n_chunks
     return (
-        launch(states, n_blocks, "x", "g", "maxima", "sums", *sizes),
-        launch(results, n_rows if kernel == "logsumexp" else n_blocks, "x", "y", "g", "maxima", "sums", *sizes),
+        launch(states, n_blocks, "x", "g", "maxima", "sums", "residues", *sizes),
+        launch(
+            results, n_rows if kernel == "logsumexp" else n_blocks, "x", "y", "g", "maxima", "sums", "residues", *sizes
+        ),
     )
 
 
@@ -194,6 +196,16 @@ def queue_behind(stream: int, other: int) -> None:
     checked(driver.cuEventDestroy(event))  # when both are through with it
 
 
+# Each has an array of its own.
+NUMBERS_OF_STATES = ("maxima", "sums", "residues")
+
+
+def addresses_of_states(memory: int, n_bytes: int) -> dict[str, int]:
+    """Return the addresses of the states of chunks by the names of kernels; each number of them takes so many bytes."""
+    places = {name: memory + number * n_bytes for number, name in enumerate(NUMBERS_OF_STATES)}
+    return {"states": memory, **places}
+
+
 class Prepared:
     """Launches compiled for one device, with the buffers that the driver reads their arguments from.
 
@@ -230,8 +242,8 @@ class Prepared:
                     bound.launch(addresses, stream)
             return
         # Allocated and freed in the order of the stream: another call may have the memory when this one is through.
-        states = int(checked(driver.cuMemAllocAsync(2 * self._state_bytes, stream)))
-        addresses = {**addresses, "states": states, "maxima": states, "sums": states + self._state_bytes}
+        states = int(checked(driver.cuMemAllocAsync(len(NUMBERS_OF_STATES) * self._state_bytes, stream)))
+        addresses = {**addresses, **addresses_of_states(states, self._state_bytes)}
         try:
             with self._lock:
                 for bound in self._bound:
@@ -278,7 +290,8 @@ def prepare(kernel: Kernel, format: Format, layout: Layout, plan: LaunchPlan, ad
 def prepare_weighted(format: Format, layout: Layout, plan: LaunchPlan, has_signs: bool, device: int) -> Prepared:
     """Prepare the launches of a plan of `choose_weighted`."""
     n_numbers = layout.n_rows * plan.n_chunks * _weighted.N_NUMBERS if plan.chunk else 0
-    return Prepared(weighted_launches(format, layout, plan, has_signs), -(-n_numbers // 2), 8, device)
+    n_states = -(-n_numbers // len(NUMBERS_OF_STATES))  # that take the memory of as many numbers
+    return Prepared(weighted_launches(format, layout, plan, has_signs), n_states, 8, device)
 
 
 _kernel_handles: dict[tuple[Any, ...], tuple[Any, Any]] = {}

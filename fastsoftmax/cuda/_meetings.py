@@ -28,7 +28,8 @@ def meeting(precision: Precision, lanes: int) -> SimpleNamespace:
 
 @cache
 def _meeting_in_a_warp(precision: Precision, lanes: int) -> SimpleNamespace:
-    larger, n_steps = _state.on_device(precision).larger, lanes.bit_length() - 1
+    state, n_steps = _state.on_device(precision), lanes.bit_length() - 1
+    larger, plus = state.larger, state.plus
 
     @device
     def warp_largest(value: Any) -> Any:
@@ -37,18 +38,26 @@ def _meeting_in_a_warp(precision: Precision, lanes: int) -> SimpleNamespace:
         return value
 
     @device
-    def warp_sum(value: Any) -> Any:
+    def warp_count(value: Any) -> Any:
         for step in range(n_steps):
             value += _instructions.exchange(value, 1 << step)
         return value
 
-    return SimpleNamespace(largest=warp_largest, sum=warp_sum)
+    @device
+    def warp_sum(sum: Any, residue: Any) -> Any:
+        for step in range(n_steps):
+            other, other_residue = _instructions.exchange(sum, 1 << step), _instructions.exchange(residue, 1 << step)
+            sum, residue = plus(sum, residue, other, other_residue)
+        return sum, residue
+
+    return SimpleNamespace(largest=warp_largest, count=warp_count, sum=warp_sum)
 
 
 def _meeting_of_a_block(precision: Precision) -> SimpleNamespace:
     """Return device functions by which warps meet: each leaves its value, and every lane goes through all of them."""
-    larger, in_warp = _state.on_device(precision).larger, _meeting_in_a_warp(precision, 32)
-    warp_largest, warp_sum = in_warp.largest, in_warp.sum
+    state, in_warp = _state.on_device(precision), _meeting_in_a_warp(precision, 32)
+    larger, plus = state.larger, state.plus
+    warp_largest, warp_count, warp_sum = in_warp.largest, in_warp.count, in_warp.sum
     real = np.float64 if precision == "double" else np.float32
 
     @device
@@ -65,9 +74,9 @@ def _meeting_of_a_block(precision: Precision) -> SimpleNamespace:
         return value
 
     @device
-    def block_sum(value: Any) -> Any:
+    def block_count(value: Any) -> Any:
         of_warps = cuda.shared.array(32, real)
-        value = warp_sum(value)
+        value = warp_count(value)
         if cuda.threadIdx.x % 32 == 0:
             of_warps[cuda.threadIdx.x // 32] = value
         cuda.syncthreads()
@@ -77,41 +86,59 @@ def _meeting_of_a_block(precision: Precision) -> SimpleNamespace:
         cuda.syncthreads()  # the array may be written to again now
         return value
 
-    return SimpleNamespace(largest=block_largest, sum=block_sum)
+    @device
+    def block_sum(sum: Any, residue: Any) -> Any:
+        of_warps = cuda.shared.array(32, real)
+        residues = cuda.shared.array(32, real)
+        sum, residue = warp_sum(sum, residue)
+        if cuda.threadIdx.x % 32 == 0:
+            of_warps[cuda.threadIdx.x // 32], residues[cuda.threadIdx.x // 32] = sum, residue
+        cuda.syncthreads()
+        sum, residue = of_warps[0], residues[0]
+        for warp in range(1, cuda.blockDim.x // 32):
+            sum, residue = plus(sum, residue, of_warps[warp], residues[warp])
+        cuda.syncthreads()  # the arrays may be written to again now
+        return sum, residue
+
+    return SimpleNamespace(largest=block_largest, count=block_count, sum=block_sum)
 
 
 @cache
 def merging(format: Format, lanes: int) -> Any:
     """Return a device function that merges the states of lanes that meet, each of any number of elements."""
     meet, state = meeting(format.precision, lanes), _state.on_device(format.precision)
-    meet_largest, meet_sum, rebase, term = meet.largest, meet.sum, state.rebase, state.term
-    zero, one = format.real(0), format.real(1)
+    meet_largest, meet_count, meet_sum = meet.largest, meet.count, meet.sum
+    rebased, with_ties, zero, one = state.rebased, state.with_ties, format.real(0), format.real(1)
 
     @device
-    def merge_all(maximum: Any, sum: Any) -> Any:
+    def merge_all(maximum: Any, sum: Any, residue: Any) -> Any:
         largest = meet_largest(maximum)
-        sum = sum * rebase(maximum, largest) + (zero if maximum == largest else term(maximum, largest))
         ties = one if maximum == largest else zero
-        sum, ties = meet_sum(sum), meet_sum(ties)
-        return largest, sum + (ties - one) * term(largest, largest)
+        if maximum != largest:
+            sum, residue = with_ties(maximum, sum, residue, one)
+            sum, residue = rebased(maximum, sum, residue, largest)
+        sum, residue = meet_sum(sum, residue)
+        sum, residue = with_ties(largest, sum, residue, meet_count(ties) - one)
+        return largest, sum, residue
 
     return merge_all
 
 
 @cache
 def row_meeting(kernel: Kernel, format: Format, lanes: int) -> SimpleNamespace:
-    """Return device functions for lanes with parts of a row: ``largest(maximum)`` and ``sums(sum, ties)`` of all.
+    """Return device functions for lanes with parts of a row: ``largest(maximum)``, ``sums(sum, residue, ties)`` of all.
 
-    ``states(maximum, sum)`` merges states, of any number of elements each.
+    ``states(maximum, sum, residue)`` merges states, of any number of elements each.
     """
     meet = meeting(format.precision, lanes)
-    meet_sum = meet.sum
+    meet_count, meet_sum = meet.count, meet.sum
     if kernel in PRODUCTS:
         return _without_maximum(meet_sum)
 
     @device
-    def sums(sum: Any, ties: Any) -> Any:
-        return meet_sum(sum), meet_sum(ties)
+    def sums(sum: Any, residue: Any, ties: Any) -> Any:
+        sum, residue = meet_sum(sum, residue)
+        return sum, residue, meet_count(ties)
 
     return SimpleNamespace(largest=meet.largest, sums=sums, states=merging(format, lanes))
 
@@ -122,11 +149,13 @@ def _without_maximum(meet_sum: Any) -> SimpleNamespace:
         return maximum
 
     @device
-    def sums(sum: Any, ties: Any) -> Any:
-        return meet_sum(sum), ties
+    def sums(sum: Any, residue: Any, ties: Any) -> Any:
+        sum, residue = meet_sum(sum, residue)
+        return sum, residue, ties
 
     @device
-    def states(maximum: Any, sum: Any) -> Any:
-        return maximum, meet_sum(sum)
+    def states(maximum: Any, sum: Any, residue: Any) -> Any:
+        sum, residue = meet_sum(sum, residue)
+        return maximum, sum, residue
 
     return SimpleNamespace(largest=largest, sums=sums, states=states)

@@ -20,7 +20,7 @@ VECTOR_BYTES, WARP = 16, 32
 # need more than 512 lanes have lanes hold more, up to what fits in 128 registers, all that 512 lanes have. That is less
 # where the row goes on, and in float64, whose polynomial takes registers: 6 vectors and the loops for more do not fit.
 HELD, MOST_HELD, MOST_HELD_OF_DOUBLES, MOST_THREADS = 4, 8, 6, 512
-HELD_OF_MORE, HELD_OF_MORE_DOUBLES = 6, 4
+HELD_OF_MORE, HELD_OF_MORE_DOUBLES = 6, 3
 
 # Of a block's shared memory, what is left for lanes to meet in: 32 numbers for the maximum and 32 for sums take 512.
 MEETING_BYTES = 1024
@@ -171,7 +171,7 @@ def _long_rows(layout: Layout, n_vectors: int, vector: int, device: Device, n_in
     KiB on sm_80, five tiles and 53,248. One block reads or writes at a time. While half of them read, each needs twice
     its share of the bandwidth, on an H200 72 bytes a nanosecond: some 50 KiB under way at 700 ns. It sends for 128 KiB.
     """
-    held = (HELD_OF_MORE_DOUBLES if layout.itemsize == 8 else HELD_OF_MORE) // n_inputs
+    held = -(-(HELD_OF_MORE_DOUBLES if layout.itemsize == 8 else HELD_OF_MORE) // n_inputs)
     word_bytes = VECTOR_BYTES if vector > 1 else max(layout.itemsize, 4)  # a single element takes a word
     tile = MOST_THREADS * tile_vectors(n_inputs)
     tile_bytes = tile * word_bytes * n_inputs

@@ -55,7 +55,7 @@ def folding(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
     _, n_words, per_word = access(format, vectorized)
     compute, zero, value = states(kernel, format), format.real(0), elements(format).value
     g_of = second_input(states_of(kernel), format, vectorized)
-    reference, add_element, larger = compute.reference, compute.add, compute.largest
+    reference, add_element, larger, joined = compute.reference, compute.add, compute.largest, compute.joined
 
     @device
     def largest_of_word(w: Any, maximum: Any, words: Any, position: Any) -> Any:
@@ -66,19 +66,20 @@ def folding(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace
     def add_word(w: Any, carry: Any, words: Any, position: Any, maximum: Any, offset: Any, shift: Any) -> Any:
         place = position + w
         first, g = value(words[place], 0), g_of(words, place, 0, zero)
-        sum, ties = add_element(carry[0], carry[1], first, g, maximum, offset, shift)
+        sum, rest, ties = add_element(carry[0], carry[1], carry[2], first, g, maximum, offset, shift)
         if per_word == 2:
             second, g = value(words[place], 1), g_of(words, place, 1, zero)
-            sum, ties = add_element(sum, ties, second, g, maximum, offset, shift)
-        return sum, ties
+            sum, rest, ties = add_element(sum, rest, ties, second, g, maximum, offset, shift)
+        return sum, rest, ties
 
     largest, add_words = repeated(largest_of_word, n_words), repeated(add_word, n_words)
 
     @device
-    def add(sum: Any, ties: Any, words: Any, position: Any, maximum: Any) -> Any:
+    def add(sum: Any, residue: Any, ties: Any, words: Any, position: Any, maximum: Any) -> Any:
         offset, shift = reference(maximum)
-        of_vector, ties = add_words((zero, ties), words, position, maximum, offset, shift)
-        return sum + of_vector, ties
+        of_vector, rest, ties = add_words((zero, zero, ties), words, position, maximum, offset, shift)
+        sum, residue = joined(sum, residue, of_vector, rest)
+        return sum, residue, ties
 
     return SimpleNamespace(largest=largest, add=add)
 
@@ -189,7 +190,7 @@ def _folded_tiles(kernel: Kernel, format: Format, vectorized: bool, count: int) 
 
     @device
     def add_one(h: Any, carry: Any, words: Any, maximum: Any) -> Any:
-        return vector_add(carry[0], carry[1], words, h * n_vector, maximum)
+        return vector_add(carry[0], carry[1], carry[2], words, h * n_vector, maximum)
 
     return SimpleNamespace(
         read=repeated(read_one, count),
@@ -233,14 +234,14 @@ def _fold_range(kernel: Kernel, format: Format, vectorized: bool) -> Any:
     def fold_range(
         state: Any, x: Any, x_row: Any, g: Any, g_row: Any, begin: Any, end: Any, n: Any, step: Any, reduced: Any
     ) -> Any:
-        maximum, sum, ties = state
+        maximum, sum, residue, ties = state
         words = cuda.local.array(n_tile, word)
         for first in range(begin, end, IN_FLIGHT * step):
             read(0, x, x_row, g, g_row, first, step, n, reduced, words)
             new_maximum = largest(maximum, words)
-            sum, ties = add(advance(maximum, sum, ties, new_maximum), words, new_maximum)
+            sum, residue, ties = add(advance(maximum, sum, residue, ties, new_maximum), words, new_maximum)
             maximum = new_maximum
-        return maximum, sum, ties
+        return maximum, sum, residue, ties
 
     return fold_range
 
@@ -304,16 +305,16 @@ def _folded_stored_part(kernel: Kernel, format: Format, vectorized: bool) -> Sim
         state: Any, n_tiles: Any, x: Any, x_row: Any, g: Any, g_row: Any, first: Any, n: Any, step: Any, reduced: Any,
         stored: Any, place: Any, layer: Any,
     ) -> Any:  # fmt: skip
-        maximum, sum, ties = state
+        maximum, sum, residue, ties = state
         words = cuda.local.array(n_tile, word)
         for t in range(n_tiles):
             send_for(t + TILES_AHEAD, n_tiles, x, x_row, g, g_row, first, n, step, reduced, stored, place, layer)
             wait()
             take(0, stored, place + t * per_tile * layer, layer, words)
             new_maximum = largest(maximum, words)
-            sum, ties = add(advance(maximum, sum, ties, new_maximum), words, new_maximum)
+            sum, residue, ties = add(advance(maximum, sum, residue, ties, new_maximum), words, new_maximum)
             maximum = new_maximum
-        return maximum, sum, ties
+        return maximum, sum, residue, ties
 
     return SimpleNamespace(begin=begin, fold=fold)
 
@@ -322,8 +323,8 @@ def _folded_stored_part(kernel: Kernel, format: Format, vectorized: bool) -> Sim
 def across_rows(kernel: Kernel, format: Format, vectorized: bool) -> SimpleNamespace:
     """Return device functions for the vectors of a strip, whose elements belong to as many rows.
 
-    A lane keeps what it knows of each of its rows in arrays: ``maxima``, ``sums`` and ``ties``, and in the end
-    ``shared``, ``lows`` and ``gs``, the arguments of their results.
+    A lane keeps what it knows of each of its rows in arrays: ``maxima``, ``sums``, ``residues`` and ``ties``, and in
+    the end ``shared``, ``lows`` and ``gs``, the arguments of their results.
     """
     _, n_words, per_word = access(format, vectorized)
     compute, zero, n_vector = states(kernel, format), format.real(0), n_inputs(kernel) * n_words
@@ -370,7 +371,7 @@ def _folded_across_rows(kernel: Kernel, format: Format, vectorized: bool) -> Sim
     """Return what `across_rows` has for all kernels with the same states."""
     vector, n_words, per_word = access(format, vectorized)
     inputs, compute, zero = n_inputs(kernel), states(kernel, format), format.real(0)
-    is_product, n_vector = inputs == 2, inputs * n_words
+    is_product, n_vector, joined = inputs == 2, inputs * n_words, compute.joined
     load, value = vectors(format, vectorized, compute.padding).load, elements(format).value
     g_of = second_input(states_of(kernel), format, vectorized)
     advance, add_element, larger, reference = compute.advance, compute.add, compute.largest, compute.reference
@@ -395,15 +396,17 @@ def _folded_across_rows(kernel: Kernel, format: Format, vectorized: bool) -> Sim
     def add_one(h: Any, carry: Any, words: Any, v: Any, maximum: Any, offset: Any, shift: Any) -> Any:
         position, place = h * n_vector + v // per_word, v % per_word
         x, g = value(words[position], place), g_of(words, position, place, zero)
-        return add_element(carry[0], carry[1], x, g, maximum, offset, shift)
+        return add_element(carry[0], carry[1], carry[2], x, g, maximum, offset, shift)
 
     largest, add = repeated(larger_one, IN_FLIGHT), repeated(add_one, IN_FLIGHT)
 
     @device
-    def fold_one(v: Any, carry: Any, words: Any, maxima: Any, sums: Any, ties: Any) -> Any:
+    def fold_one(v: Any, carry: Any, words: Any, maxima: Any, sums: Any, residues: Any, ties: Any) -> Any:
         maximum = largest(maxima[v], words, v)
         offset, shift = reference(maximum)
-        sums[v], ties[v] = add(advance(maxima[v], sums[v], ties[v], maximum), words, v, maximum, offset, shift)
+        sum, residue, n_ties = advance(maxima[v], sums[v], residues[v], ties[v], maximum)
+        of_tile, rest, ties[v] = add((zero, zero, n_ties), words, v, maximum, offset, shift)
+        sums[v], residues[v] = joined(sum, residue, of_tile, rest)
         maxima[v] = maximum
         return carry
 

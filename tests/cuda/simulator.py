@@ -17,7 +17,7 @@ from numba.core import config
 from numba.cuda.simulator import kernel, kernelapi
 from numpy.lib.stride_tricks import as_strided
 
-from fastsoftmax.cuda import _arrays, _instructions, _launch
+from fastsoftmax.cuda import _arrays, _instructions, _launch, _state
 from fastsoftmax.cuda._arrays import View
 from fastsoftmax.cuda._plan import Device
 
@@ -144,7 +144,7 @@ def _pack(dtype):
     return pack
 
 
-_instructions.ex2, _instructions.log1p = np.exp2, np.log1p
+_instructions.ex2, _instructions.log1p, _instructions.fused = np.exp2, np.log1p, _state.fused
 _instructions.larger32 = _instructions.larger64 = np.maximum
 _instructions.float16_value = lambda bits: np.float32(bits.view(np.float16))
 _instructions.pack_float16, _instructions.pack_bfloat16 = _pack(np.float16), _pack(ml_dtypes.bfloat16)
@@ -266,9 +266,8 @@ class Prepared:
 
     def run(self, addresses, stream):
         streams.append(stream)
-        states = allocate(2 * self.state_bytes)
-        start = states.ctypes.data
-        addresses = {**addresses, "states": start, "maxima": start, "sums": start + self.state_bytes}
+        states = allocate(len(_launch.NUMBERS_OF_STATES) * self.state_bytes)
+        addresses = {**addresses, **_launch.addresses_of_states(states.ctypes.data, self.state_bytes)}
         for launch in self.launches:
             arguments = [
                 Pointer(addresses[argument], _dtype(type)) if isinstance(argument, str) else argument
