@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
@@ -299,7 +299,9 @@ def stack_memory(typing_context, n_bytes):
     size = n_bytes.literal_value
 
     def generate(context, builder, signature, operands):
-        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), size))
+        # Not by `cgutils.alloca_once`, which stores zeros too, as one value of so many bytes: LLVM spends 20 s on it.
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(ir.IntType(8), size))
         memory.align = REGISTER_BYTES
         return builder.ptrtoint(memory, context.get_data_type(types.intp))
 
