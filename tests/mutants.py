@@ -409,6 +409,22 @@ MUTANTS = (
         "In the Numba backend the gradient of a label behind the first chunk is that of another class.",
         ("test_cross_entropy.py",),
     ),
+    Mutant(
+        "cuda-residue-lost",
+        "fastsoftmax/cuda/_state.py",
+        "    return total, residue + (error + a_low)\n",
+        "    return total, residue\n",
+        "In the CUDA backend, what sums round off is lost.",
+        ("test_cuda.py",),
+    ),
+    Mutant(
+        "cuda-differences-rounded",
+        "fastsoftmax/cuda/_state.py",
+        "        offset = OWN.zero if abs(maximum) <= OWN.limit else multiple\n",
+        "        offset = maximum\n",
+        "In the CUDA backend, elements are taken relative to the maximum, which rounds the difference.",
+        ("test_cuda.py",),
+    ),
 )
 
 

@@ -61,10 +61,10 @@ class Arithmetic(NamedTuple):
     raised, lowered : float
         2**bias and 2**-bias.
     small : float
-        Beside smaller results, what they round off is subnormal.
+        What smaller results round off is subnormal.
     rounding : float
-        The smallest normal number, biased. A smaller biased result and it round to a multiple of the smallest subnormal
-        number in their sum.
+        The smallest normal number, biased: a smaller biased result that it is added to is rounded to a multiple of the
+        smallest subnormal number.
     """
 
     zero: Any
@@ -165,7 +165,7 @@ def reference_half(maximum: Any) -> Any:
 
 
 def factors_half(t: Any, shift: Any) -> Any:
-    """exp(t) * 2**(bias - shift) for a t of at most 0 as a number, and 0."""
+    """Scale and rest for a t of at most 0: all of exp(t) * 2**(bias - shift), and 0."""
     return ex2(max(FLOOR_HALF, t) * OWN.log2e + (EXPONENT_HALF - shift)), OWN.zero
 
 
@@ -179,7 +179,10 @@ def reference(maximum: Any) -> Any:
 
 
 def factors(t: Any, shift: Any) -> Any:
-    """exp(t) * 2**(bias - shift), where that is at most about 2**bias, as a power of two, and what is 1 less than p."""
+    """Scale and rest, where exp(t) * 2**(bias - shift) = scale * (1 + rest) is at most about 2**bias.
+
+    The scale is a power of two, and the rest is between -0.3 and 0.42.
+    """
     t = max((OWN.lowest + shift) * OWN.ln2, t)
     shifted_k = t * OWN.log2e + OWN.rounder
     k = shifted_k - OWN.rounder
