@@ -146,7 +146,8 @@ def _of_exponential(kernel: Kernel, format: Format) -> tuple[Any, Any]:
 
 def _sums_of_products(kernel: Kernel, format: Format) -> SimpleNamespace:
     """An element whose probability is 0 adds nothing to the sum of softmax's, and gets no gradient through any sum."""
-    zero = format.real(0)
+    state, zero = _state.on_device(format.precision), format.real(0)
+    plus = state.plus
 
     @device
     def largest(maximum: Any, x: Any) -> Any:
@@ -155,9 +156,6 @@ def _sums_of_products(kernel: Kernel, format: Format) -> SimpleNamespace:
     @device
     def reference(maximum: Any) -> Any:
         return zero, zero
-
-    state = _state.on_device(format.precision)
-    plus = state.plus
 
     @device
     def advance(maximum: Any, sum: Any, residue: Any, ties: Any, new_maximum: Any) -> Any:
@@ -199,10 +197,11 @@ def _sums_of_products(kernel: Kernel, format: Format) -> SimpleNamespace:
 
 def _of_product(kernel: Kernel, format: Format) -> tuple[Any, Any]:
     exponential, zero = _state.on_device(format.precision).exponential, format.real(0)
+    infinity = format.real(np.inf)
 
     @device
     def of_row(maximum: Any, sum: Any, residue: Any) -> Any:
-        return sum + residue, zero
+        return sum + residue if abs(sum) < infinity else sum, zero  # what an infinite sum rounds off is NaN
 
     if kernel == "softmax_vjp":
 

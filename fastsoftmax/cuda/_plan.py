@@ -22,7 +22,7 @@ VECTOR_BYTES, WARP = 16, 32
 HELD, MOST_HELD, MOST_HELD_OF_DOUBLES, MOST_THREADS = 4, 8, 6, 512
 HELD_OF_MORE, HELD_OF_MORE_DOUBLES = 6, 3
 
-# Of a block's shared memory, what is left for lanes to meet in: 32 numbers for the maximum and 32 for sums take 512.
+# Of a block's shared memory, what is left for lanes to meet in: 32 float64 each of maxima, sums, residues and ties.
 MEETING_BYTES = 1024
 
 # Threads of a block of rows that need a warp or less.

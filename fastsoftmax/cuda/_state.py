@@ -138,11 +138,6 @@ def power_of_two_double(shifted: Any) -> Any:
     return np.int64(shifted.view(np.int64) << np.int64(52)).view(np.float64)
 
 
-def log1p_half(x: Any) -> Any:
-    """log(1 + x) in one part and 0."""
-    return log1p(x), SINGLE.zero
-
-
 def log1p_single(x: Any) -> Any:
     """log(1 + x) in two parts, from float64: it is needed once for a row, and in float32 up to 2 ULP off."""
     wide = log1p(np.float64(x))
@@ -150,13 +145,8 @@ def log1p_single(x: Any) -> Any:
     return high, np.float32(wide - np.float64(high))
 
 
-def log1p_double(x: Any) -> Any:
-    """log(1 + x) in one part and 0."""
-    return log1p(x), DOUBLE.zero
-
-
 # What the functions below see as theirs: here single precision's, in `_bind` each one's own.
-OWN, power_of_two, polynomial, log1p_parts = SINGLE, power_of_two_single, cpu.polynomial32, log1p_single
+OWN, power_of_two, polynomial = SINGLE, power_of_two_single, cpu.polynomial32
 
 
 def reference_half(maximum: Any) -> Any:
@@ -221,18 +211,12 @@ def term(x: Any, maximum: Any) -> Any:
     return power(x - offset, shift)
 
 
-def rebase(maximum: Any, new_maximum: Any) -> Any:
-    """What a sum beside one maximum is multiplied by to stand beside a larger one, in two parts."""
+def rebased(maximum: Any, sum: Any, residue: Any, new_maximum: Any) -> Any:
+    """A sum beside one maximum, and its residue, as they stand beside a larger one."""
     offset, shift = reference(maximum)
     new_offset, new_shift = reference(new_maximum)
     factor, low = power(offset - new_offset, new_shift - shift)
-    return factor * OWN.lowered, low * OWN.lowered
-
-
-def rebased(maximum: Any, sum: Any, residue: Any, new_maximum: Any) -> Any:
-    """A sum beside one maximum, and its residue, as they stand beside a larger one."""
-    factor, low = rebase(maximum, new_maximum)
-    return times(sum, residue, factor, low)
+    return times(sum, residue, factor * OWN.lowered, low * OWN.lowered)
 
 
 def with_ties(maximum: Any, sum: Any, residue: Any, ties: Any) -> Any:
@@ -289,6 +273,11 @@ def scaled_small(term: Any, term_low: Any, inverse: Any, inverse_low: Any) -> An
     return (high + low) * OWN.lowered
 
 
+def log1p_parts(x: Any) -> Any:
+    """log(1 + x) in one part and 0."""
+    return log1p(x), OWN.zero
+
+
 def log_total(maximum: Any, sum: Any, residue: Any) -> Any:
     """log(sum of exp(x - maximum)), in two parts, right to the last digits also where the sum is next to 1."""
     top, top_low = term(maximum, maximum)
@@ -328,17 +317,15 @@ Precision = Literal["half", "single", "double"]
 
 _ARITHMETICS = {"half": SINGLE, "single": SINGLE, "double": DOUBLE}
 _GENERIC = (
-    two_sum, reference, factors, power, plus, joined, times, term, rebase, rebased, with_ties, exponential, merge, fold,
-    inverse_total, scaled_small, scaled, log_total, log_normalizer, probability, logsumexp,
+    two_sum, reference, factors, power, plus, joined, times, term, rebased, with_ties, exponential, merge, fold,
+    inverse_total, scaled_small, scaled, log1p_parts, log_total, log_normalizer, probability, logsumexp,
 )  # fmt: skip
 _OWN_FUNCTIONS: dict[Precision, dict[str, Any]] = {
-    "half": {"reference": reference_half, "factors": factors_half, "log1p_parts": log1p_half},
+    "half": {"reference": reference_half, "factors": factors_half},
     "single": {
         "power_of_two": power_of_two_single, "polynomial": cpu.polynomial32, "log1p_parts": log1p_single,
     },
-    "double": {
-        "power_of_two": power_of_two_double, "polynomial": cpu.polynomial64, "log1p_parts": log1p_double,
-    },
+    "double": {"power_of_two": power_of_two_double, "polynomial": cpu.polynomial64},
 }  # fmt: skip
 
 

@@ -60,6 +60,20 @@ def test_strips_split_over_blocks(gpu, kernel, small_plans):
     assert launch.n_chunks > 1
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("infinite", [np.inf, -np.inf])
+@pytest.mark.parametrize("kernel", ["softmax_vjp", "log_softmax_vjp"])
+def test_an_infinite_sum_is_what_it_is_on_the_processor(gpu, kernel, infinite, axis):
+    p, g = np.full((8, 8), 0.125, np.float32), np.ones((8, 8), np.float32)
+    given = p if kernel == "softmax_vjp" else np.log(p)
+    g[3, 3] = infinite
+    product = getattr(fastsoftmax, kernel)
+    result = gpu.to_host(product(gpu.to_device(given, 0), gpu.to_device(g, 0), axis))
+    on_processor = product(given, g, axis, backend="numpy")
+    assert np.isinf(on_processor).sum() == 7
+    np.testing.assert_allclose(result, on_processor, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), None])
 def test_any_axes(gpu, kernel, axis):
     check(gpu, kernel, (2, 3, 5), axis)
