@@ -319,6 +319,14 @@ MUTANTS = (
         ("test_weighted.py", "test_derivatives.py"),
     ),
     Mutant(
+        "calls-of-other-strides",
+        "fastsoftmax/_remembered.py",
+        "        return function, name, axis, x.dtype, x.shape, x.strides\n",
+        "        return function, name, axis, x.dtype, x.shape\n",
+        "A call is taken for one before that had other strides.",
+        ("test_remembered.py",),
+    ),
+    Mutant(
         "masks-that-are-broadcast",
         "fastsoftmax/_layout.py",
         "            and self.mask_stride == inner.size * inner.mask_stride\n",
@@ -523,9 +531,14 @@ def build(folder: Path, tier: str, modules: Iterable[Path]) -> None:
 def tests_of(paths: Iterable[str], expression: str) -> list[str]:
     """The command that runs some files of tests until the first failure, without the package of this environment.
 
-    Without the module `site` no hook of an editable install comes before the folder.
+    Without the module `site` no hook of an editable install comes before the folder. That of numba-cuda, which makes it
+    `numba.cuda`, is wanted.
     """
-    code = "import sys; sys.path[:0] = ['', *sys.argv.pop(1).split(':')]; import pytest; sys.exit(pytest.main())"
+    code = (
+        "import sys; sys.path[:0] = ['', *sys.argv.pop(1).split(':')]; from importlib.util import find_spec;"
+        "find_spec('_numba_cuda_redirector') and __import__('_numba_cuda_redirector');"
+        "import pytest; sys.exit(pytest.main())"
+    )
     search = ":".join(path for path in sys.path if path.endswith("site-packages"))
     options = ["-x", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", expression]
     return [sys.executable, "-S", "-c", code, search, *options, *(f"tests/{path}" for path in paths)]

@@ -197,6 +197,13 @@ def test_a_certain_element_has_probability_1(dtype):
         np.testing.assert_array_equal(call("softmax", np.tile(row[:, np.newaxis], 32), 0)[0][:, 5], [1, 0, 0])
 
 
+@pytest.mark.parametrize("x", [np.zeros(3), np.zeros((4, 6))[1::2, ::-1], np.float32(1)[...], np.ma.zeros(5).data])
+def test_addresses_of_arrays(x):
+    assert numba_cpu._address(x) == x.ctypes.data
+    x.flags.writeable = False
+    assert numba_cpu._address(x.view(np.memmap)) == x.ctypes.data
+
+
 def test_each_kernel_is_compiled_once_for_a_dtype():
     for dtype in (np.float32, np.float64):
         read_only = logits((20, 30, 40), dtype)
