@@ -352,6 +352,56 @@ def test_rows_are_turned(dtype):
         np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_blocks_are_turned(dtype):
+    lanes, length = (size // np.dtype(dtype).itemsize for size in (registers.REGISTER_BYTES, registers.BLOCK_BYTES))
+
+    @numba.njit
+    def read(x, y):
+        registers.read_blocks(x, 0, 5, length, y, 0, 17)
+
+    @numba.njit
+    def read_narrow(x, y, n_columns):
+        registers.read_narrow_blocks(x, 0, 5, n_columns, y, 0, 17)
+
+    @numba.njit
+    def write(x, y):
+        registers.write_blocks(x, 0, 17, y, 0, 5)
+
+    x, expected = np.arange(1, 401, dtype=dtype), np.full(400, -1, dtype)
+    rows = x.reshape(80, 5)[:lanes, :length]
+    columns = np.lib.stride_tricks.as_strided(expected, (length, lanes), (17 * x.itemsize, x.itemsize))
+    columns[:] = rows.T
+    y, _ = run_on(x, read)
+    np.testing.assert_array_equal(y, expected)
+    columns[1:] = 0
+    y, _ = run_on(x, read_narrow, 1)
+    np.testing.assert_array_equal(y, expected)
+    y, _ = run_on(x, write)
+    expected = np.full(400, -1, dtype)
+    expected.reshape(80, 5)[:lanes, :length] = np.lib.stride_tricks.as_strided(x, (length, lanes), columns.strides).T
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("n_cols", range(1, 7))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+def test_short_rows_in_place_and_with_others_between(function, dtype, n_cols, rng):
+    """Blocks end behind such rows: what is there is not yet read, or not to be written."""
+    memory = rng.normal(size=(1000, 9)).astype(dtype)
+    for x in (memory[:, :n_cols].copy(), memory[:, 1 : 1 + n_cols].copy(), memory[:, 1 : 1 + n_cols]):
+        between = memory.copy()
+        expected = getattr(fastsoftmax, function)(x, axis=1, backend="numba")
+        if x.base is memory:
+            between[:, 1 : 1 + n_cols] = expected
+        getattr(fastsoftmax, function)(x, axis=1, out=x, backend="numba")
+        np.testing.assert_array_equal(x, expected)
+        np.testing.assert_array_equal(memory, between)
+        in_wide = np.full((1000, 9), -1, dtype)
+        getattr(fastsoftmax, function)(memory[:, :n_cols], axis=1, out=in_wide[:, :n_cols], backend="numba")
+        assert (in_wide[:, n_cols:] == -1).all()
+
+
 # What `lscpu` says of processors with AVX2 and without, in LLVM's words. Each has one dtype here, as that compiles for
 # half a minute; `make accuracy` has both.
 @pytest.mark.parametrize(("features", "dtype"), [("+avx2,+fma,+avx,+sse4.2", "float32"), ("+sse4.2", "float64")])

@@ -29,6 +29,9 @@ REGISTER_BYTES = 64 if {"+avx512f", "+avx512dq"} <= _FEATURES else 32 if {"+avx2
 # do not all fit the 32 that there are, 3.1 and 3.5.
 GROUP = 4
 
+# What is read of each row at a time to turn short rows: the quarter of the widest register that instructions insert.
+BLOCK_BYTES = 16
+
 
 class Register(types.Type):
     """So many numbers, or truth values, side by side."""
@@ -57,6 +60,11 @@ def computed(dtype):
 def lanes_of(dtype):
     """The numbers in one of the processor's registers."""
     return REGISTER_BYTES * 8 // dtype.bitwidth
+
+
+def block_length(dtype):
+    """The numbers in a block."""
+    return BLOCK_BYTES * 8 // dtype.bitwidth
 
 
 def lanes_of_group(dtype):
@@ -457,20 +465,90 @@ def turn(typing_context, x, x_at, x_step, n_rows, n_columns, y, y_at, y_step, y_
             call(builder, "llvm.masked.load", vector, place, _alignment(x), mask, zero)
             for place, mask in places_and_masks(*operands[:5])
         ]
-        distance = lanes // 2
-        while distance:  # registers that far apart exchange the lanes that are, which turns ever smaller blocks
-            for i in range(lanes):
-                if not i & distance:
-                    low = [j if not j & distance else lanes + j - distance for j in range(lanes)]
-                    high = [j + distance if not j & distance else lanes + j for j in range(lanes)]
-                    a, b = rows[i], rows[i + distance]
-                    rows[i], rows[i + distance] = lanes_picked(builder, a, low, b), lanes_picked(builder, a, high, b)
-            distance //= 2
-        for row, (place, mask) in zip(rows, places_and_masks(*operands[5:]), strict=True):
-            call(builder, "llvm.masked.store", ir.VoidType(), row, place, _alignment(y), mask)
+        columns = _transposed(builder, rows)
+        for column, (place, mask) in zip(columns, places_and_masks(*operands[5:]), strict=True):
+            call(builder, "llvm.masked.store", ir.VoidType(), column, place, _alignment(y), mask)
         return context.get_dummy_value()
 
     return types.void(x, x_at, x_step, n_rows, n_columns, y, y_at, y_step, y_rows, y_columns), generate
+
+
+def _transposed(builder, registers):
+    """Transpose each square of as many lanes as there are registers."""
+    registers, distance, lanes = list(registers), len(registers) // 2, range(registers[0].type.count)
+    while distance:  # registers that far apart exchange the lanes that are, which turns ever smaller blocks
+        low = [j if not j & distance else len(lanes) + j - distance for j in lanes]
+        high = [j + distance if not j & distance else len(lanes) + j for j in lanes]
+        for i in range(len(registers)):
+            if not i & distance:
+                a, b = registers[i], registers[i + distance]
+                registers[i] = lanes_picked(builder, a, low, b)
+                registers[i + distance] = lanes_picked(builder, a, high, b)
+        distance //= 2
+    return registers
+
+
+def _places(builder, pointer, at, step, count):
+    """Indices of elements a step apart."""
+    for _ in range(count):
+        yield at
+        at = builder.add(at, step)
+
+
+def _block_reader(is_masked):
+    """A function that turns a block of each of as many rows as a register has lanes, so that columns are registers.
+
+    Of rows no longer than a block, a square of registers (`turn`) is mostly empty. With masks no more than `n_columns`
+    of a row are read; what is not is 0.
+    """
+
+    def read(typing_context, x, x_at, x_step, n_columns, y, y_at, y_step):
+        lanes, length = lanes_of(x.dtype), block_length(x.dtype)
+
+        def generate(context, builder, signature, operands):
+            block = ir.VectorType(context.get_data_type(x.dtype), length)
+            pointer, at, step, count, target, target_at, target_step = operands
+            rows = []
+            for place in _places(builder, pointer, at, step, lanes):
+                address = _place(builder, pointer, place, block)
+                if is_masked:
+                    mask, zero = _first_lanes(builder, count, length), ir.Constant(block, [0.0] * length)
+                    rows.append(call(builder, "llvm.masked.load", block, address, _alignment(x), mask, zero))
+                else:
+                    rows.append(builder.load(address, align=x.dtype.bitwidth // 8))
+            columns = _transposed(builder, [joined(builder, rows[i::length]) for i in range(length)])
+            for column, place in zip(columns, _places(builder, target, target_at, target_step, length), strict=True):
+                builder.store(column, _place(builder, target, place, column.type), align=y.dtype.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(x, x_at, x_step, n_columns, y, y_at, y_step), generate
+
+    return read
+
+
+read_blocks = intrinsic(_block_reader(is_masked=False))
+read_narrow_blocks = intrinsic(_block_reader(is_masked=True))
+
+
+@intrinsic
+def write_blocks(typing_context, x, x_at, x_step, y, y_at, y_step):
+    """The reverse of `read_blocks`: rows are written in their order, in whole blocks."""
+    lanes, length = lanes_of(x.dtype), block_length(x.dtype)
+
+    def generate(context, builder, signature, operands):
+        vector, block = (ir.VectorType(context.get_data_type(x.dtype), size) for size in (lanes, length))
+        pointer, at, step, target, target_at, target_step = operands
+        columns = [
+            builder.load(_place(builder, pointer, place, vector), align=x.dtype.bitwidth // 8)
+            for place in _places(builder, pointer, at, step, length)
+        ]
+        rows = [in_parts(builder, register, length) for register in _transposed(builder, columns)]
+        for i, place in enumerate(_places(builder, target, target_at, target_step, lanes)):
+            row = rows[i % length][i // length]
+            builder.store(row, _place(builder, target, place, block), align=y.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(x, x_at, x_step, y, y_at, y_step), generate
 
 
 def _alignment(array):

@@ -20,6 +20,7 @@ from fastsoftmax import _state
 from . import rows
 from .jit import by_dtype, inline, jit, jit_entry
 from .registers import (
+    BLOCK_BYTES,
     GROUP,
     HAS_HALF,
     REGISTER_BYTES,
@@ -37,12 +38,15 @@ from .registers import (
     pointer_to,
     prefetch,
     prefetch_far,
+    read_blocks,
+    read_narrow_blocks,
     register_of,
     stack_memory,
     store,
     stream,
     turn,
     where,
+    write_blocks,
 )
 from .rows import (
     BYTES_OF_STATE,
@@ -112,8 +116,8 @@ PREFETCHED_ROWS = 8  # how many rows of the array ahead the next are fetched: st
 
 
 def bytes_of_tile(n):
-    """Scratch memory of `run_turned`: a group of tiles, and its rows."""
-    return 2 * n * GROUP * REGISTER_BYTES
+    """Scratch memory of `run_turned`: a group of tiles, and its rows, whose last block may end behind them."""
+    return 2 * max(n, BLOCK_BYTES // 4) * GROUP * REGISTER_BYTES + BLOCK_BYTES
 
 
 @register_jitable
@@ -172,6 +176,8 @@ def _sum_tiles(tile, n, reference, keep, upcoming, work):
     base, width, n_lanes = sum_base(zero, n), lanes_in(zero), lanes_in(register_of(tile, 0.0))
     used, high = min(n, n_lanes), zero + base
     for element in range(n):
+        for at in range(0, width, n_lanes):
+            prefetch_far(upcoming.x, upcoming.at + element * upcoming.step + at, register_of(tile, 0.0))
         low, place = zero, element % n_lanes * width
         if element >= n_lanes:
             low = load(work.lows, place, zero)
@@ -300,6 +306,36 @@ finish_with_scale, finish_untied, finish_with_mending, finish_with_subtract = ma
 )
 
 
+@inline
+def turn_to_tile(x, at, step, count, n, tile, first_row, together):
+    """Turn rows to columns of a group of tiles; zeros where no row is left: what lies there may be slow."""
+    width, length = lanes_in(register_of(tile, 0.0)), BLOCK_BYTES // itemsize_of(tile)
+    if count < width:
+        for column in range(0, n, width):
+            size, place = min(width, n - column), column * together + first_row
+            turn(x, at + column, step, count, size, tile, place, together, size, width)
+    elif n < length:  # by squares, of which it fills little, a million rows of 3 take twice as long
+        read_narrow_blocks(x, at, step, n, tile, first_row, together)
+    else:
+        for column in range(0, n, length):
+            first = min(column, n - length)  # the last block may overlap the one before
+            read_blocks(x, at + first, step, n, tile, first * together + first_row, together)
+
+
+@inline
+def turn_from_tile(tile, first_row, together, count, n, y, at, step, has_room):
+    """The reverse; rows shorter than a block are written with what is behind, if that `has_room`."""
+    width, length = lanes_in(register_of(tile, 0.0)), BLOCK_BYTES // itemsize_of(tile)
+    if count < width or (n < length and not has_room):
+        for column in range(0, n, width):
+            size, place = min(width, n - column), column * together + first_row
+            turn(tile, place, together, size, width, y, at + column, step, count, size)
+    else:
+        for column in range(0, n, length):
+            first = max(min(column, n - length), 0)
+            write_blocks(tile, first * together + first_row, together, y, at + first, step)
+
+
 @jit_entry
 def run_turned(
     like, function, streaming, storages, x_address, y_address, tables, n_kept, n_reduced, n, first, end, scratch
@@ -314,7 +350,8 @@ def run_turned(
     work, tile = make_work(stack_memory(BYTES_OF_WORK), like), pointer_to(scratch, like)
     width, nothing = lanes_in(register_of(x, 0.0)), group_of(x, -math.inf)
     together = lanes_in(nothing)
-    converted = pointer_to(address_of(tile, n * together), like)
+    room = max(n, BLOCK_BYTES // itemsize_of(tile)) * together
+    converted = pointer_to(address_of(tile, room), like)
     is_read, is_written = storages[0] == storage_of(x), storages[1] == storage_of(x)
     for row in range(first, end, together):
         count = min(together, end - row)
@@ -322,20 +359,16 @@ def run_turned(
         if not is_read:
             source, source_at, source_step = converted, 0, n
             read_rows(storages[0], x_address, row * x_step, x_step, count, n, like, converted)
-        for i in range(count if is_read else 0):
-            prefetch(x, (row + together + i) * x_step, register_of(x, 0.0))
-        for first_row in range(0, together, width):  # zeros where no row is left: what lies there may be slow
-            place, height = source_at + first_row * source_step, max(min(width, count - first_row), 0)
-            for column in range(0, n, width):
-                size = min(width, n - column)
-                at = column * together + first_row
-                turn(source, place + column, source_step, height, size, tile, at, together, size, width)
+        for first_row in range(0, together, width):
+            height, at = max(min(width, count - first_row), 0), source_at + first_row * source_step
+            turn_to_tile(source, at, source_step, height, n, tile, first_row, together)
         largest, smallest = nothing, filled(nothing, math.inf)
         for element in range(n):
             v = load(tile, element * together, nothing)
             largest, smallest = maximum(v, largest), minimum(v, smallest)  # in this order a NaN is passed over
         mends = function == SOFTMAX and needs_mending(tile, 0, n * together, smallest, largest, n)
-        ending = end_of_tile(function, tile, largest, count, n, not mends, work.tops, Upcoming(tile, 0, 0), work)
+        upcoming = Upcoming(x, (row + together) * x_step, together) if is_read else Upcoming(tile, 0, 0)
+        ending = end_of_tile(function, tile, largest, count, n, not mends, work.tops, upcoming, work)
         if function == LOGSUMEXP:
             write_block(work.tops, 0, like, storages[1], y_address, row * y_step, 0, 1, y_step, count)
             continue
@@ -350,11 +383,9 @@ def run_turned(
         is_direct = is_written and not streaming
         target, target_at, target_step = (y, row * y_step, y_step) if is_direct else (converted, 0, n)
         for first_row in range(0, count, width):
-            place, height = target_at + first_row * target_step, min(width, count - first_row)
-            for column in range(0, n, width):
-                size = min(width, n - column)
-                at = column * together + first_row
-                turn(tile, at, together, size, width, target, place + column, target_step, height, size)
+            height, at = min(width, count - first_row), target_at + first_row * target_step
+            has_room = not is_direct or (y_step == n and first_row + 2 * width <= count)
+            turn_from_tile(tile, first_row, together, height, n, target, at, target_step, has_room)
         if streaming:  # (300000, 32) float32 take 30 % less
             zero = register_of(y, 0.0)
             write_copies(
