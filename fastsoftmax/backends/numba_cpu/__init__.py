@@ -233,7 +233,8 @@ def _prepare(plan: Plan, layout: Layout, itemsize: int, storages: tuple[int, int
     else:
         kernel, leading = rows.run_rows, (like, function, _EXPONENTIALS[schedule.exponentials], schedule.streaming)
         n_reduced = len(layout.reduced) if schedule.traversal == "gather" else 0
-        room = rows.bytes_of_rows(n, itemsize, schedule.exponentials == "scratch", n_reduced > 0)
+        is_waiting = schedule.exponentials == "scratch" or (schedule.streaming and n * itemsize <= rows.SHARED_BYTES)
+        room = rows.bytes_of_rows(n, itemsize, is_waiting, n_reduced > 0)
     tables = _tables(layout.kept + layout.reduced, layout.itemsize, layout.y_itemsize)
     return _Call(kernel, leading, tables, (_address(tables), len(layout.kept), n_reduced, n), n_units, room)
 

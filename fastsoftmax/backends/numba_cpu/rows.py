@@ -79,6 +79,9 @@ SIZE, X, Y, COLUMNS = range(4)
 CHUNK_BYTES = 32768
 BATCH_BYTES = 65536
 PREFETCHED_BYTES = 65536
+# Up to this size of a row it is faster to finish log-probabilities in a scratch and stream those of many rows together
+# than row by row: (100000, 128) float32 take 40 % less time, rows of 1000 the same, rows of 2000 8 % more.
+SHARED_BYTES = 4096
 MAX_LANES = 16
 _SQUARE = GROUP * REGISTER_BYTES * MAX_LANES
 BYTES_OF_WORK = 3 * _SQUARE + 4 * 8 * MAX_LANES + REGISTER_BYTES * MAX_LANES
@@ -165,6 +168,13 @@ def ending_in(end, index, x):
 def differences(largest, log_sum, reference):
     """The ending of log-probabilities."""
     return Ending(reference, largest, log_sum, log_sum, log_sum)
+
+
+@inline
+def no_ending(x):
+    """The ending of elements that are copied."""
+    zero = register_of(x, 0.0)
+    return differences(zero, zero, Reference(zero, zero, zero))
 
 
 @inline
@@ -511,12 +521,12 @@ write_scaled, write_recomputed, write_mended, write_differences, write_copies = 
 
 @jit
 def run_batch(function, x, y, count, n, terms, streaming, work):
-    """Run rows of one segment each; exponentials wait in `terms`."""
+    """Run rows of one segment each; exponentials wait in `terms`, and results that are streamed together."""
+    # Where rows follow each other, a cache line that two of them share would be written in parts.
+    together = streaming and work.results[count - 1] - work.results[0] == (count - 1) * n
     if function == SOFTMAX:
         folded = fold_segments(x, count, True, True, True, terms, work)
         end = normalize(folded.largest, folded.high, folded.low, folded.reference)
-        # Where rows follow each other, a cache line that two of them share would be written in parts.
-        together = streaming and work.results[count - 1] - work.results[0] == (count - 1) * n
         for s in range(count):
             of_row, mends = ending_in(end, s, x), is_mended(x, s, folded.largest, n, work)
             if mends and together:
@@ -528,16 +538,21 @@ def run_batch(function, x, y, count, n, terms, streaming, work):
             else:
                 write_scaled(terms, work.terms[s], y, work.results[s], n, of_row, streaming)
         if together:
-            write_copies(terms, work.terms[0], y, work.results[0], count * n, ending_in(end, 0, x), True)
+            write_copies(terms, work.terms[0], y, work.results[0], count * n, no_ending(x), True)
         return
     folded = fold_others(x, count, work)
     of_others, log_sums = put_log_sums(folded, work)
+    together = together and n * itemsize_of(x) <= SHARED_BYTES
     for s in range(count):
+        end = differences(register_of(x, lane(folded.largest, s)), register_of(x, of_others[s]), folded.reference)
         if function == LOGSUMEXP:
             store_number(y, work.results[s], log_sums[s])
+        elif together:
+            write_differences(x, work.places[s], terms, work.terms[s], n, end, False)
         else:
-            end = differences(register_of(x, lane(folded.largest, s)), register_of(x, of_others[s]), folded.reference)
             write_differences(x, work.places[s], y, work.results[s], n, end, streaming)
+    if function == LOG_SOFTMAX and together:
+        write_copies(terms, work.terms[0], y, work.results[0], count * n, no_ending(x), True)
 
 
 @inline

@@ -71,6 +71,7 @@ from .rows import (
     log_sums_of_row,
     make_work,
     needs_mending,
+    no_ending,
     of_group,
     offset_of,
     put_log_sums,
@@ -387,10 +388,7 @@ def run_turned(
             has_room = not is_direct or (y_step == n and first_row + 2 * width <= count)
             turn_from_tile(tile, first_row, together, height, n, target, at, target_step, has_room)
         if streaming:  # (300000, 32) float32 take 30 % less
-            zero = register_of(y, 0.0)
-            write_copies(
-                converted, 0, y, row * y_step, count * n, differences(zero, zero, Reference(zero, zero, zero)), True
-            )
+            write_copies(converted, 0, y, row * y_step, count * n, no_ending(y), True)
         elif not is_written:
             write_rows(converted, like, storages[1], y_address, row * y_step, y_step, count, n)
 
