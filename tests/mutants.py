@@ -388,8 +388,8 @@ MUTANTS = (
     Mutant(
         "numba-ties-rounded-up",
         "fastsoftmax/backends/numba_cpu/stored.py",
-        " - 1 + ((size >> shift) & 1)) >> shift)",
-        ") >> shift)",
+        "np.uint32(size + odd + ",
+        "np.uint32(size + np.uint32(1) + ",
         "In the Numba backend a result half way between two numbers of 16 bits is always rounded up.",
         ("test_dtype_argument.py",),
     ),
