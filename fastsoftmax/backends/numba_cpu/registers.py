@@ -532,7 +532,10 @@ read_narrow_blocks = intrinsic(_block_reader(is_masked=True))
 
 @intrinsic
 def write_blocks(typing_context, x, x_at, x_step, y, y_at, y_step):
-    """The reverse of `read_blocks`: rows are written in their order, in whole blocks."""
+    """The reverse of `read_blocks`: whole blocks, in the order of their rows.
+
+    So what one has beyond a row that is shorter is replaced by the next.
+    """
     lanes, length = lanes_of(x.dtype), block_length(x.dtype)
 
     def generate(context, builder, signature, operands):
