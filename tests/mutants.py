@@ -480,7 +480,7 @@ def prepare(folder: Path, modules: Iterable[Path]) -> None:
     """Copy the sources, the tests and the extension modules to a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("fastsoftmax", "src_cython", "tests"):
+    for name in ("examples", "fastsoftmax", "src_cython", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("meson.build", "meson.options", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
@@ -529,19 +529,9 @@ def build(folder: Path, tier: str, modules: Iterable[Path]) -> None:
 
 
 def tests_of(paths: Iterable[str], expression: str) -> list[str]:
-    """The command that runs some files of tests until the first failure, without the package of this environment.
-
-    Without the module `site` no hook of an editable install comes before the folder. That of numba-cuda, which makes it
-    `numba.cuda`, is wanted.
-    """
-    code = (
-        "import sys; sys.path[:0] = ['', *sys.argv.pop(1).split(':')]; from importlib.util import find_spec;"
-        "find_spec('_numba_cuda_redirector') and __import__('_numba_cuda_redirector');"
-        "import pytest; sys.exit(pytest.main())"
-    )
-    search = ":".join(path for path in sys.path if path.endswith("site-packages"))
+    """The command that runs some files of tests until the first failure."""
     options = ["-x", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", expression]
-    return [sys.executable, "-S", "-c", code, search, *options, *(f"tests/{path}" for path in paths)]
+    return [sys.executable, "-m", "pytest", *options, *(f"tests/{path}" for path in paths)]
 
 
 def outcome_of(status: int, log: str) -> Outcome:
@@ -572,7 +562,8 @@ def try_mutant(mutant: Mutant, modules: list[Path], tier: str) -> Outcome:
     if mutant.path.startswith("src_cython"):
         build(folder, tier, modules)
     command = tests_of(mutant.tests, expression_for(mutant.path))
-    result = outcome_of(*run(command, folder, NUMBA_CACHE_DIR=str(folder / "numba")))
+    editable = ":".join(map(str, ROOT.glob("build/cp*")))  # an installation that would be found before the folder
+    result = outcome_of(*run(command, folder, NUMBA_CACHE_DIR=str(folder / "numba"), MESONPY_EDITABLE_SKIP=editable))
     (FOLDER / f"{mutant.name}.log").write_text(result.log)
     shutil.rmtree(folder)
     return result
