@@ -482,7 +482,7 @@ def prepare(folder: Path, modules: Iterable[Path]) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("examples", "fastsoftmax", "src_cython", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("meson.build", "meson.options", "pyproject.toml"):
+    for name in ("Makefile", "meson.build", "meson.options", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     for module in modules:
         shutil.copy(module, folder / "fastsoftmax")
